@@ -1,0 +1,24 @@
+# make demo: the main job end to end on real text.  make test: every default test.
+# Both make their own environment in .venv from setup.py's pins; PYTHON chooses the interpreter (3.10 to 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/quickstart/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m slow
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

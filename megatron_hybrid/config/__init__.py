@@ -1,0 +1,37 @@
+"""What a run is: one typed, frozen tree of documented options, read from YAML and dotted overrides."""
+
+from megatron_hybrid.config.load import ConfigError, dump_config, load_config
+from megatron_hybrid.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PhaseConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PhaseConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "ScheduleConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,375 @@
+"""The options of a run. Every field says what it is; nothing here imports torch.
+
+The tree is frozen: a run is decided once, before any process starts, and the same object is read by every rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_hybrid.config.quantities import RunPosition, TokenCount, resolve_position
+from megatron_hybrid.layout.pattern import parse_pattern
+from megatron_hybrid.layout.stages import plan_stages
+
+
+class Section(BaseModel):
+    """A frozen group of options that refuses keys it does not know and documents each field by its docstring."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """A hybrid language model: one character of ``pattern`` per layer, pre-norm residual around every layer."""
+
+    pattern: str
+    """Layer kinds in order: M (Mamba-2), * (attention), - (MLP); | marks a pipeline-stage cut and is no layer."""
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Inner width of the MLP layers (squared ReLU, not gated)."""
+    num_attention_heads: int = Field(gt=0)
+    """Query heads of the attention layers."""
+    num_kv_heads: int = Field(gt=0)
+    """Key/value heads (groups of grouped-query attention); divides num_attention_heads."""
+    head_dim: int = Field(gt=0)
+    """Width of one attention head (Megatron's kv_channels); need not be hidden_size / num_attention_heads."""
+    mamba_num_heads: int = Field(gt=0)
+    """Heads of the Mamba-2 mixer; its inner width is mamba_num_heads x mamba_head_dim."""
+    mamba_head_dim: int = Field(gt=0)
+    """Width of one Mamba-2 head."""
+    mamba_num_groups: int = Field(gt=0)
+    """Groups that share B and C; divides mamba_num_heads."""
+    mamba_state_dim: int = Field(gt=0)
+    """State size of the SSM, per head channel."""
+    mamba_conv_width: int = Field(4, ge=2)
+    """Taps of the depthwise causal convolution."""
+    mamba_chunk_size: int | None = Field(None, gt=0)
+    """Chunk length of the SSD scan, a matter of speed alone. Unset: what is fastest on the host."""
+    vocab_size: int = Field(gt=0)
+    """Vocabulary the model predicts; the embedding is padded up to a multiple of vocab_divisible_by."""
+    vocab_divisible_by: int = Field(128, gt=0)
+    """Padding unit of the embedding and output rows. Independent of the layout, so that weights are too."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of every RMSNorm."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights; residual projections are scaled by 1 / sqrt(layers)."""
+    position_embedding: Literal["none", "rope"] = "none"
+    """Nemotron-H uses none; rope is there for Transformer baselines."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base period of the rotary embedding."""
+    tie_embeddings: Literal[False] = False
+    """Input and output embeddings are separate, as in Nemotron-H; tying them is not supported."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the output layer."""
+        unit = self.vocab_divisible_by
+        return -(-self.vocab_size // unit) * unit
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Inner width of the Mamba-2 mixer: heads x head_dim, which need not be 2 x hidden_size."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def layer_kinds(self) -> str:
+        """The pattern without its stage marks: one character per layer."""
+        return self.pattern.replace("|", "")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of every kind together."""
+        return len(self.layer_kinds)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        parse_pattern(self.pattern)
+        _require_divides("num_kv_heads", self.num_kv_heads, "num_attention_heads", self.num_attention_heads)
+        _require_divides("mamba_num_groups", self.mamba_num_groups, "mamba_num_heads", self.mamba_num_heads)
+        return self
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: tensor x pipeline x data."""
+
+    tensor: int = Field(1, gt=0)
+    """Tensor-parallel ranks: heads, groups, FFN and vocabulary are split over them."""
+    pipeline: int = Field(1, gt=0)
+    """Pipeline-parallel ranks."""
+    virtual_pipeline: int = Field(1, gt=0)
+    """Model chunks per pipeline rank; above 1 the interleaved schedule runs."""
+    data: int | None = Field(None, gt=0)
+    """Data-parallel ranks. Unset: 1 when launched plainly, or whatever the ranks given by torchrun or srun leave."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor ranks along the sequence; needs tensor above 1."""
+    stages: tuple[int, ...] | None = None
+    """Layers per (virtual) stage, in model order. Unset: follow | in the pattern, or else balance the cost."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state and fp32 masters over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Start gradient reductions during backward."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters during the next forward; needs distributed_optimizer and overlap_grad_reduce."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in backward: none; the inside of each mixer and MLP; or whole layers, Mamba included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel=true needs tensor above 1, got tensor=1; raise it or drop sequence_parallel")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual_pipeline={self.virtual_pipeline} needs pipeline above 1, got pipeline=1")
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather=true needs distributed_optimizer=true and overlap_grad_reduce=true")
+        return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+
+class TokenizerConfig(Section):
+    """How text becomes tokens."""
+
+    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """sentencepiece: a .model file. huggingface: a tokenizer.json, or a folder that transformers' AutoTokenizer reads."""
+    path: Path
+    """The tokenizer's file or folder."""
+
+
+class PhaseConfig(Section):
+    """A stretch of the run with its own blend."""
+
+    start: RunPosition = "0%"
+    """Where the phase begins: a share of the run ("60%"), a token count ("9T"), or a count back from the end ("-380B")."""
+    blend: dict[str, float] = Field(default_factory=dict)
+    """Source name -> weight. Weights are shares of tokens and are normalised. Empty: each source by its size."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PhaseConfig:
+        for source, weight in self.blend.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"blend weight of {source!r} must be zero or more and finite, got {weight}")
+        if self.blend and sum(self.blend.values()) == 0:
+            raise ValueError("every blend weight is 0; give at least one source a positive weight")
+        return self
+
+
+class DataConfig(Section):
+    """What the model reads."""
+
+    sources: dict[str, Path] = Field(min_length=1)
+    """Source name -> path prefix of a tokenised corpus (PREFIX.bin and PREFIX.idx)."""
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+    """Blends over the run, in order; the first starts at 0."""
+    tokenizer: TokenizerConfig | None = None
+    """The tokenizer that made the corpora. Its vocabulary is checked against the model's, and generation uses it."""
+    sequence_length: int = Field(gt=0)
+    """Tokens per training sample."""
+    reset_at_documents: bool = False
+    """Reset SSM and convolution state, and mask attention, at document boundaries inside a sample."""
+    num_workers: int = Field(1, ge=0)
+    """Threads that read ahead; 0 reads in the training thread."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if not self.phases:
+            raise ValueError("phases is empty; leave it out for one phase over all sources")
+        if resolve_position(self.phases[0].start, 10**18) != 0:
+            raise ValueError(f"the first phase must start at 0, got {self.phases[0].start!r}")
+        for phase in self.phases:
+            unknown = sorted(set(phase.blend) - set(self.sources))
+            if unknown:
+                raise ValueError(f"blend names {unknown}, which sources does not have (it has {sorted(self.sources)})")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with Megatron's decay rules: biases and one-dimensional parameters are not decayed."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's first-moment decay."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Adam's second-moment decay."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient-norm bound; 0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over tokens."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: warm-up then half a cosine to min_lr. wsd: warm-up, constant, then decay_tokens of decay at the end."""
+    warmup_tokens: TokenCount = Field(0, ge=0)
+    """Tokens of linear warm-up."""
+    decay_tokens: TokenCount | None = Field(None, gt=0)
+    """cosine: tokens until min_lr, warm-up included (unset: the whole run). wsd: tokens of the final decay (required)."""
+    wsd_decay: Literal["linear", "cosine", "minus_sqrt"] = "minus_sqrt"
+    """Shape of WSD's final decay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.kind == "wsd" and self.decay_tokens is None:
+            raise ValueError("schedule.kind=wsd needs schedule.decay_tokens: how many tokens the final decay takes")
+        if self.kind == "constant" and self.decay_tokens is not None:
+            raise ValueError("schedule.kind=constant takes no decay_tokens; drop it or choose cosine or wsd")
+        return self
+
+
+class TrainConfig(Section):
+    """How long and in what pieces."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = Field(gt=0)
+    """Samples per optimizer step over all ranks."""
+    micro_batch_size: int = Field(1, gt=0)
+    """Samples per forward pass of one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Working precision. bf16 keeps fp32 masters and moments; A_log, D and dt_bias are fp32 in either case."""
+    exit_after_steps: int | None = Field(None, gt=0)
+    """Save and stop after this many steps of this process, without shortening the schedule. Unset: run to the end."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        _require_divides("micro_batch_size", self.micro_batch_size, "global_batch_size", self.global_batch_size)
+        return self
+
+
+class ValidationConfig(Section):
+    """Loss on held-out text, per source."""
+
+    sources: dict[str, Path] = Field(default_factory=dict)
+    """Source name -> path prefix of a tokenised corpus. Empty: no validation."""
+    every_steps: int = Field(100, gt=0)
+    """Steps between validations; one more runs at the end."""
+    num_batches: int = Field(8, gt=0)
+    """Global batches per source and validation, the same ones each time."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Steps between saves. Unset: only at the end, and on SIGTERM or SIGUSR1."""
+    keep_last: int | None = Field(2, gt=0)
+    """Complete checkpoints kept; older ones are deleted. Unset: all."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    resume: bool = True
+    """Continue from the run directory's newest sound checkpoint when there is one."""
+    initialize_from: Path | None = None
+    """A checkpoint whose weights (only) a new run starts from."""
+
+
+class LoggingConfig(Section):
+    """What a run says while it works. metrics.jsonl is always written."""
+
+    every_steps: int = Field(1, gt=0)
+    """Steps between log lines."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run directory."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project; needs wandb installed."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak TFLOP/s of one device, for MFU. Unset: known GPUs from a table, none on a CPU."""
+
+
+class RuntimeConfig(Section):
+    """Where the run executes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where it is there, the CPU otherwise."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Longest wait in a collective before the run is ended with an error."""
+    threads_per_rank: int | None = Field(None, gt=0)
+    """CPU threads of one rank. Unset: the host's cores shared among its ranks."""
+    deterministic: bool = True
+    """Use only deterministic algorithms, so that a resumed run repeats bit for bit."""
+
+
+class RunConfig(Section):
+    """One run."""
+
+    run_dir: Path
+    """Where the run keeps its resolved configuration, metrics, checkpoints and pictures."""
+    seed: int = Field(1234, ge=0)
+    """Seed of the initial weights and of the data order."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens one optimizer step consumes."""
+        return self.train.global_batch_size * self.data.sequence_length
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.train.steps * self.tokens_per_step
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        starts = [resolve_position(phase.start, self.total_tokens) for phase in self.data.phases]
+        if starts != sorted(set(starts)):
+            written = [phase.start for phase in self.data.phases]
+            raise ValueError(f"phases must start one after another; {written} of {self.total_tokens} tokens begin at {starts}")
+        check_layout(self.model, self.parallel, self.data.sequence_length)
+        if self.parallel.data is not None:
+            per_pass = self.parallel.data * self.train.micro_batch_size
+            _require_divides("parallel.data x train.micro_batch_size", per_pass, "train.global_batch_size", self.train.global_batch_size)
+        return self
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig, sequence_length: int) -> None:
+    """Refuse a layout that the model or the sequence does not divide into.
+
+    Raises:
+        ValueError: a split dimension or the sequence does not divide, or the stages do not fit the layers.
+    """
+    _check_tensor_split(model, parallel.tensor)
+    if parallel.sequence_parallel:
+        _require_divides("parallel.tensor", parallel.tensor, "data.sequence_length", sequence_length)
+    plan_stages(model, parallel, sequence_length)
+
+
+def _check_tensor_split(model: ModelConfig, tensor: int) -> None:
+    """Every split dimension must divide by the tensor ranks (facts of the mixer: heads and groups both split)."""
+    dimensions = {"model.ffn_hidden_size": model.ffn_hidden_size, "padded vocabulary": model.padded_vocab_size}
+    if "M" in model.pattern:
+        dimensions |= {"model.mamba_num_heads": model.mamba_num_heads, "model.mamba_num_groups": model.mamba_num_groups}
+    if "*" in model.pattern:
+        dimensions |= {"model.num_attention_heads": model.num_attention_heads, "model.num_kv_heads": model.num_kv_heads}
+    for name, size in dimensions.items():
+        _require_divides("parallel.tensor", tensor, name, size)
+
+
+def _require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{name}={value} does not divide by {divisor_name}={divisor}; change one of them")

@@ -1,0 +1,232 @@
+"""What a model is in a layout, before anything runs: parameters, training FLOPs and pipeline stages, as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.load import load_model, preset_names
+from megatron_hybrid.config.schema import ModelConfig, ParallelConfig
+from megatron_hybrid.layout.flops import head_training_flops, layer_training_flops, training_flops_per_token
+from megatron_hybrid.layout.parameters import (
+    num_embedding_parameters,
+    num_head_parameters,
+    num_layer_parameters,
+    num_parameters,
+    num_stage_parameters,
+)
+from megatron_hybrid.layout.pattern import KIND_NAMES, STAGE_CUT, count_kinds
+from megatron_hybrid.layout.stages import plan_stages, stage_costs
+
+_EXAMPLES = """\
+examples:
+  python -m megatron_hybrid describe nemotron-h-8b
+  python -m megatron_hybrid describe nemotron-h-8b parallel.tensor=8 parallel.pipeline=4 data.sequence_length=4096
+  python -m megatron_hybrid describe run.yaml --json
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """All layers of one kind, or the embedding, or the head (final norm and output layer)."""
+
+    name: str
+    count: int
+    parameters_each: int
+    training_flops_each: int
+    """Per token."""
+
+    @property
+    def parameters(self) -> int:
+        return self.count * self.parameters_each
+
+    @property
+    def training_flops(self) -> int:
+        return self.count * self.training_flops_each
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One virtual stage. The first includes the embedding, the last the head."""
+
+    pipeline_rank: int
+    chunk: int
+    first_layer: int
+    end_layer: int
+    """One past the last layer."""
+    pattern: str
+    parameters: int
+    parameters_per_rank: int
+    """On each tensor rank."""
+    training_flops: int
+    """Per token, over all tensor ranks."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A model in a layout."""
+
+    source: str
+    pattern: str
+    """With | where the stages are cut."""
+    sequence_length: int
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    parameters: int
+    training_flops: int
+    """Per token."""
+    parts: tuple[Part, ...]
+    stages: tuple[Stage, ...]
+
+
+def make_report(source: str, model: ModelConfig, parallel: ParallelConfig, sequence_length: int) -> Report:
+    """Return everything there is to say about ``model`` in the layout ``parallel``."""
+    kinds = [
+        Part(KIND_NAMES[kind], count, num_layer_parameters(model, kind), layer_training_flops(model, kind, sequence_length))
+        for kind, count in count_kinds(model.layer_kinds).items()
+    ]
+    embedding = Part("embedding", 1, num_embedding_parameters(model), 0)
+    head = Part("head", 1, num_head_parameters(model), head_training_flops(model))
+    ranges = plan_stages(model, parallel, sequence_length)
+    stages = tuple(
+        Stage(number % parallel.pipeline, number // parallel.pipeline, first, end, model.layer_kinds[first:end], parameters, on_rank, flops)
+        for number, ((first, end), parameters, on_rank, flops) in enumerate(
+            zip(
+                ranges,
+                num_stage_parameters(model, ranges),
+                num_stage_parameters(model, ranges, parallel.tensor),
+                stage_costs(model, ranges, sequence_length),
+                strict=True,
+            )
+        )
+    )
+    return Report(
+        source=source,
+        pattern=STAGE_CUT.join(stage.pattern for stage in stages),
+        sequence_length=sequence_length,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        parameters=num_parameters(model),
+        training_flops=training_flops_per_token(model, sequence_length),
+        parts=(*kinds, embedding, head),
+        stages=stages,
+    )
+
+
+def format_report(report: Report) -> str:
+    """Return the report as plain text with aligned columns."""
+    num_layers = report.stages[-1].end_layer
+    cuts = ", cut into stages at |" if len(report.stages) > 1 else ""
+    blocks = [
+        f"{report.source}: {report.parameters:,} parameters, {_si(report.training_flops)}FLOP per trained token "
+        f"at {report.sequence_length:,} tokens per sample",
+        f"Pattern, {num_layers} layers{cuts}\n" + textwrap.indent("\n".join(_chunks(report.pattern, 80)), "  "),
+        _format_parts(report),
+        _format_stages(report),
+        _format_ranks(report),
+    ]
+    return "\n\n".join(blocks)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report that ``argv`` asks for; return 0, or 2 where it cannot be given, with the reason on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid describe",
+        description="Show a model's pattern, stages, parameters and training FLOPs per token. Needs no GPU and starts nothing.",
+        epilog=f"presets: {', '.join(preset_names())}\n\n{_EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a preset's name, or a run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="options to change, such as parallel.tensor=8")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        report = make_report(arguments.source, *load_model(arguments.source, arguments.overrides))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(asdict(report), indent=2) if arguments.json else format_report(report))
+    return 0
+
+
+def _format_parts(report: Report) -> str:
+    header = ("", "count", "parameters each", "parameters", "share", "FLOP/token", "share")
+    rows = [
+        (
+            part.name,
+            f"{part.count}",
+            f"{part.parameters_each:,}",
+            f"{part.parameters:,}",
+            _percent(part.parameters, report.parameters),
+            _si(part.training_flops),
+            _percent(part.training_flops, report.training_flops),
+        )
+        for part in report.parts
+    ]
+    total = ("total", "", "", f"{report.parameters:,}", _percent(1, 1), _si(report.training_flops), _percent(1, 1))
+    note = "  head is the final norm and the output layer; FLOP/token are of training, forward and backward"
+    return "\n".join(["By kind", _table([header, *rows, total], "<" + ">" * 6), note])
+
+
+def _format_stages(report: Report) -> str:
+    header = ("stage", "rank", "chunk", "layers", "count", "parameters", f"per rank (tensor {report.tensor})", "FLOP/token", "share")
+    rows = [
+        (
+            f"{number}",
+            f"{stage.pipeline_rank}",
+            f"{stage.chunk}",
+            f"{stage.first_layer}-{stage.end_layer - 1}",
+            f"{stage.end_layer - stage.first_layer}",
+            f"{stage.parameters:,}",
+            f"{stage.parameters_per_rank:,}",
+            _si(stage.training_flops),
+            _percent(stage.training_flops, report.training_flops),
+        )
+        for number, stage in enumerate(report.stages)
+    ]
+    title = f"Stages, tensor {report.tensor} x pipeline {report.pipeline}, {report.virtual_pipeline} per pipeline rank"
+    return "\n".join([title, _table([header, *rows], ">" * 9)])
+
+
+def _format_ranks(report: Report) -> str:
+    ranks = [[stage for stage in report.stages if stage.pipeline_rank == rank] for rank in range(report.pipeline)]
+    parameters = [sum(stage.parameters_per_rank for stage in stages) for stages in ranks]
+    flops = [sum(stage.training_flops for stage in stages) for stages in ranks]
+    largest, busiest = parameters.index(max(parameters)), flops.index(max(flops))
+    return "\n".join(
+        [
+            f"Most parameters on one rank: {parameters[largest]:,} (pipeline rank {largest})",
+            f"Most work on one pipeline rank: {flops[busiest] * report.pipeline / report.training_flops:.3f} of an even share "
+            f"(pipeline rank {busiest})",
+        ]
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Align columns to the left ("<") or to the right (">"); ``alignment`` has one character per column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    formats = [f"{{:{side}{width}}}" for side, width in zip(alignment, widths, strict=True)]
+    return "\n".join("  " + "  ".join(formats).format(*row) for row in rows)
+
+
+def _chunks(text: str, width: int) -> list[str]:
+    return [text[start : start + width] for start in range(0, len(text), width)]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _si(value: int) -> str:
+    """Write a number with four digits or so and a decimal prefix: 46.56 G."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f} {prefix}"
+    return f"{value} "

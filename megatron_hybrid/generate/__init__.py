@@ -1,0 +1,4 @@
+"""Text from a trained model."""
+
+# Before any module here imports megatron.core, which a host without CUDA has to rewrite first.
+import megatron_hybrid.substrate  # noqa: F401

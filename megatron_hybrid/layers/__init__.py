@@ -1,0 +1,4 @@
+"""The layers of a hybrid model, tensor- and sequence-parallel."""
+
+# Before any module here imports megatron.core, which a host without CUDA has to rewrite first.
+import megatron_hybrid.substrate  # noqa: F401

@@ -1,0 +1,46 @@
+"""The MLP layer: squared ReLU (So et al. 2021), not gated, tensor-parallel over the inner width."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.layers.linear import NormColumnParallelLinear, ResidualRowParallelLinear
+from megatron_hybrid.layers.sequence import Sequence
+from megatron_hybrid.layers.specs import Ops
+
+
+class MlpLayer(torch.nn.Module):
+    """hidden + mlp(hidden)."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, ops: Ops, *, recompute_core: bool) -> None:
+        super().__init__()
+        self.mlp = Mlp(model, config, ops, recompute_core=recompute_core)
+
+    def forward(self, hidden_LBD: Tensor, sequence: Sequence, cache: None = None) -> Tensor:
+        """Map [L or L/tp, B, D] to the same shape. Tokens do not meet here: there is nothing to cache, and ``sequence`` is not read."""
+        return hidden_LBD + self.mlp(hidden_LBD)
+
+
+class Mlp(torch.nn.Module):
+    """linear_fc2(relu(linear_fc1(norm(hidden))) ** 2)."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, ops: Ops, *, recompute_core: bool) -> None:
+        super().__init__()
+        self.squared_relu, self.recompute_core = ops.squared_relu, recompute_core
+        self.linear_fc1 = NormColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, config=config, ops=ops)
+        self.linear_fc2 = ResidualRowParallelLinear(model.ffn_hidden_size, model.hidden_size, config=config)
+
+    def forward(self, hidden_LBD: Tensor) -> Tensor:
+        """Map [L or L/tp, B, D] to the same shape, summed over the tensor ranks."""
+        inner_LBF = self.linear_fc1(hidden_LBD)
+        if not (self.recompute_core and self.training):
+            return self.linear_fc2(self.squared_relu(inner_LBF))
+        checkpoint = CheckpointWithoutOutput(fp8=None)
+        activated_LBF = checkpoint.checkpoint(self.squared_relu, inner_LBF)
+        out_LBD = self.linear_fc2(activated_LBF)
+        checkpoint.discard_output_and_register_recompute(out_LBD)
+        return out_LBD

@@ -1,0 +1,1 @@
+"""Pure arithmetic about a model and its layout: pattern, parameters, FLOPs and pipeline stages. Imports no torch."""

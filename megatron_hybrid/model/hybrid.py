@@ -1,0 +1,171 @@
+"""The hybrid language model: embedding, stack, output layer; each pipeline stage builds the part it holds.
+
+Parameter names are those of Megatron-LM's MambaModel: ``embedding.word_embeddings.weight``, ``decoder.layers.N...``, ``decoder.final_norm.weight``, ``output_layer.weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import Literal
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.layers.parameters import declare, normal
+from megatron_hybrid.layers.sequence import Sequence
+from megatron_hybrid.layers.specs import Ops
+from megatron_hybrid.model.stack import HybridStack
+from megatron_hybrid.ops.attention import document_mask
+from megatron_hybrid.ops.rope import rope_tables
+
+
+class Embedding(torch.nn.Module):
+    """Vocabulary-parallel token embedding; scatters its output along the sequence under sequence parallelism."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        self.sequence_parallel = config.sequence_parallel
+        self.word_embeddings = VocabParallelEmbedding(
+            model.padded_vocab_size, model.hidden_size, init_method=config.init_method, reduce_scatter_embeddings=config.sequence_parallel, config=config
+        )
+        weight = self.word_embeddings.weight
+        declare(weight, initializer=normal(model.init_std), tensor_ranks=config.tensor_model_parallel_size, axis=0)
+        weight.is_embedding_or_output_parameter = True
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Map [B, L] token ids to [L or L/tp, B, D]."""
+        embedded = self.word_embeddings(tokens_BL)
+        return embedded if self.sequence_parallel else embedded.transpose(0, 1).contiguous()
+
+
+class HybridModel(MegatronModule):
+    """One stage's part of a hybrid language model."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        ops: Ops,
+        *,
+        layer_range: tuple[int, int],
+        is_first_stage: bool,
+        is_last_stage: bool,
+        recompute: Literal["none", "selective", "full"] = "none",
+    ) -> None:
+        super().__init__(config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.vocab_size = model.vocab_size
+        self.ops = ops
+        self.rope = (model.head_dim, model.rope_theta) if model.position_embedding == "rope" else None
+        self.input_tensor: Tensor | None = None
+        self.pre_process, self.post_process = is_first_stage, is_last_stage
+        if is_first_stage:
+            self.embedding = Embedding(model, config)
+        self.decoder = HybridStack(model, config, ops, layer_range=layer_range, recompute=recompute, has_final_norm=is_last_stage)
+        if is_last_stage:
+            self.output_layer = ColumnParallelLinear(
+                model.hidden_size, model.padded_vocab_size, config=config, init_method=config.init_method, bias=False, gather_output=False
+            )
+            weight = self.output_layer.weight
+            declare(weight, initializer=normal(model.init_std), tensor_ranks=config.tensor_model_parallel_size, axis=0)
+            weight.is_embedding_or_output_parameter = True
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take the previous stage's output [L or L/tp, B, D]; called by megatron-core's pipeline schedules."""
+        (self.input_tensor,) = input_tensor
+
+    def named_global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters by their name in the whole model: the stage's layer 0 may be the model's layer 26."""
+        for name, parameter in self.named_parameters():
+            yield global_name(name, self.decoder.first_layer), parameter
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        labels_BL: Tensor | None = None,
+        loss_mask_BL: Tensor | None = None,
+        segment_ids_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens_BL: int64 token ids, on every stage.
+            labels_BL: int64 ids to predict; only the last stage reads them.
+            loss_mask_BL: fp32 weight of each token's loss, given together with the labels.
+            segment_ids_BL: int32 document numbers, when documents are kept apart.
+
+        Returns:
+            Before the last stage the residual stream [L or L/tp, B, D]. On the last, the weighted sum of token losses (fp32 scalar), or without labels the logits [B, L, V] in the
+            working precision, gathered over the tensor ranks and cut to the true vocabulary.
+        """
+        hidden_LBD = self.run_layers(tokens_BL, self.describe_sequence(tokens_BL.shape[1], segment_ids_BL))
+        if not self.post_process:
+            return hidden_LBD
+        return self.logits(hidden_LBD) if labels_BL is None else self.loss_sum(hidden_LBD, labels_BL, loss_mask_BL)
+
+    def describe_sequence(self, length: int, segment_ids_BL: Tensor | None = None, offset: int = 0) -> Sequence:
+        """Prepare once what every layer needs to know of the sequence."""
+        device = next(self.parameters()).device
+        positions_L = torch.arange(offset, offset + length, device=device)
+        return Sequence(
+            offset=offset,
+            segment_ids_BL=segment_ids_BL,
+            attention_mask_B1LS=None if segment_ids_BL is None else document_mask(segment_ids_BL),
+            rope_cos_sin=None if self.rope is None else rope_tables(positions_L, *self.rope),
+        )
+
+    def run_layers(self, tokens_BL: Tensor, sequence: Sequence, caches: Items[object] | None = None) -> Tensor:
+        """Embedding (on the first stage) and this stage's layers, final norm included on the last."""
+        hidden_LBD = self.embedding(tokens_BL) if self.pre_process else self.input_tensor
+        return self.decoder(hidden_LBD, sequence, caches)
+
+    def loss_sum(self, hidden_LBD: Tensor, labels_BL: Tensor, loss_mask_BL: Tensor) -> Tensor:
+        """Cross entropy summed with the given weights, fp32, from the final norm's output; padded vocabulary rows take no part."""
+        total, _ = self.ops.linear_cross_entropy(
+            self._whole_sequence(hidden_LBD),
+            self.output_layer.weight,
+            labels_BL.t(),
+            loss_mask_BL.t(),
+            vocab_size=self.vocab_size,
+            group=self.output_layer.tp_group,
+        )
+        return total
+
+    def logits(self, hidden_LBD: Tensor) -> Tensor:
+        """Logits [B, L, V] of the true vocabulary."""
+        logits_LBV, _ = self.output_layer(hidden_LBD)
+        logits_LBV = gather_from_tensor_model_parallel_region(logits_LBV, group=self.output_layer.tp_group)
+        return logits_LBV[..., : self.vocab_size].transpose(0, 1)
+
+    def _whole_sequence(self, hidden_LBD: Tensor) -> Tensor:
+        """All of L on every rank, with a backward that sums what the ranks' vocabulary shards each contribute."""
+        group = self.output_layer.tp_group
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=True, group=group)
+        return copy_to_tensor_model_parallel_region(hidden_LBD, group=group)
+
+
+def global_name(local_name: str, first_layer: int) -> str:
+    """Renumber a stage's ``decoder.layers.I`` to its place in the whole model.
+
+    >>> global_name("decoder.layers.0.mixer.D", 26)
+    'decoder.layers.26.mixer.D'
+    """
+    prefix = "decoder.layers."
+    if not local_name.startswith(prefix):
+        return local_name
+    index, rest = local_name[len(prefix) :].split(".", 1)
+    return f"{prefix}{int(index) + first_layer}.{rest}"

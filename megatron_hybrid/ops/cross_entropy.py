@@ -1,0 +1,199 @@
+"""Next-token cross entropy with the vocabulary split over tensor-parallel ranks, on logits or fused with the output layer.
+
+Rank r of `group` holds the vocabulary rows [r V_local, (r + 1) V_local) (Shoeybi et al. 2019, "Megatron-LM", section 3). Rows at or beyond
+`vocab_size` are padding: they get no probability and no gradient. Reductions run in a fixed order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hybrid.ops.linear import matmul_nt, weight_gradient
+
+LOG2_E = 1.4426950408889634
+
+
+def cross_entropy_reference(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`-log softmax(logits[..., :vocab_size])[label]` per token, fp32 (fp64 for fp64), for an undivided vocabulary.
+
+    logits [..., V] with V >= vocab_size, labels [...] int64 in [0, vocab_size). Raises ValueError for a label outside, or a group of more than one rank.
+    """
+    check_labels(labels, vocab_size)
+    if _world_size(group) > 1:
+        raise ValueError(f'the reference needs the whole vocabulary on one rank, but the group has {_world_size(group)}; choose "cpu" instead')
+    valid = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(valid.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`cross_entropy_reference` for this rank's shard of the logits [..., V / ranks]; every rank gets every token's loss.
+
+    Keeps the logits and one number per token for the backward. `group=None` means an undivided vocabulary.
+    """
+    check_labels(labels, vocab_size)
+    return _CrossEntropy.apply(logits, labels, vocab_size, group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> Tensor:
+        first, num_valid = _owned_rows(logits.shape[-1], vocab_size, group)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        valid = logits[..., :num_valid].to(wide)
+        maximum = _maximum(valid, group)
+        exponentials = torch.exp(valid - maximum[..., None])
+        row, owned = _local_labels(labels, first, num_valid)
+        label_logit = _label_logits(valid, row, owned) if num_valid else torch.zeros_like(maximum)
+        total, label_logit = _sum_over(torch.stack((exponentials.sum(-1), label_logit)), group)
+        log_total = maximum + total.log()
+        ctx.save_for_backward(logits, log_total, row, owned)
+        ctx.num_valid = num_valid
+        return log_total - label_logit
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, log_total, row, owned = ctx.saved_tensors
+        dlogits = torch.zeros_like(logits)
+        if ctx.num_valid:
+            gradient = torch.exp(logits[..., : ctx.num_valid].to(log_total.dtype) - log_total[..., None]).mul_(dloss[..., None])
+            gradient.scatter_add_(-1, row[..., None], torch.where(owned, -dloss, 0)[..., None])
+            dlogits[..., : ctx.num_valid] = gradient
+        return dlogits, None, None, None
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sum(token_weights * cross_entropy(hidden @ weight.T, labels))` and the unweighted per-token losses, which carry no gradient.
+
+    hidden [..., D], labels and token_weights [...]; see `cross_entropy_reference`. The weights (loss mask, or mask over its sum) enter
+    here so that an implementation may form the gradients while it holds the logits. Every implementation named "linear_cross_entropy"
+    takes these arguments and returns this pair, both fp32 (fp64 for fp64).
+    """
+    losses = cross_entropy_reference(hidden @ weight_VD.t(), labels, vocab_size=vocab_size, group=group)
+    return (losses * token_weights).sum(), losses.detach()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    num_rows_per_chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy_reference` that holds the logits of `num_rows_per_chunk` tokens only and forms both gradients in the forward.
+
+    With a group, `weight_VD` is this rank's shard, the loss is whole on every rank, and the gradient of `hidden` is this rank's summand: as with
+    any column-parallel layer the caller's copy or gather in front of it sums the ranks. `token_weights` gets no gradient.
+    Raises ValueError for a label outside [0, vocab_size).
+    """
+    check_labels(labels, vocab_size)
+    wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight_VD, labels, token_weights, vocab_size, group, num_rows_per_chunk, wants_gradients)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Logits are formed in units of log 2 (hidden is scaled by log2 e): exp2 is the cheapest exponential there is."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight_VD: Tensor,
+        labels: Tensor,
+        token_weights: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup | None,
+        num_rows_per_chunk: int,
+        wants_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        first, num_valid = _owned_rows(weight_VD.shape[0], vocab_size, group)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden_ND, labels_N, weights_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), token_weights.reshape(-1).to(wide)
+        valid_VD = weight_VD[:num_valid]
+        valid_DV = valid_VD.t().contiguous() if wants_gradients else None
+        losses_N = torch.empty(labels_N.shape, dtype=wide, device=hidden.device)
+        dhidden_ND = torch.zeros_like(hidden_ND) if wants_gradients else None
+        dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=hidden.device) if wants_gradients else None
+        for start in range(0, labels_N.shape[0], num_rows_per_chunk):
+            rows = slice(start, start + num_rows_per_chunk)
+            logits = _logits(hidden_ND[rows], valid_VD).to(wide).mul_(LOG2_E)
+            maximum = _maximum(logits, group)
+            row, owned = _local_labels(labels_N[rows], first, num_valid)
+            label_logit = _label_logits(logits, row, owned) if num_valid else torch.zeros_like(maximum)
+            exponentials = logits.sub_(maximum[:, None]).exp2_()
+            total, label_logit = _sum_over(torch.stack((exponentials.sum(-1), label_logit)), group)
+            losses_N[rows] = (maximum + total.log2() - label_logit) / LOG2_E
+            if wants_gradients and num_valid:
+                gradient = exponentials.mul_((weights_N[rows] / total)[:, None])
+                gradient.scatter_add_(-1, row[:, None], torch.where(owned, -weights_N[rows], 0)[:, None])
+                gradient = gradient.to(hidden.dtype)
+                dhidden_ND[rows] = matmul_nt(gradient, valid_DV)
+                dweight_VD[:num_valid] += weight_gradient(gradient, hidden_ND[rows])
+        if wants_gradients:
+            ctx.save_for_backward(dhidden_ND.view(hidden.shape), dweight_VD.to(weight_VD.dtype))
+        losses = losses_N.view(labels.shape)
+        ctx.mark_non_differentiable(losses)
+        return (losses_N * weights_N).sum(), losses
+
+    @staticmethod
+    def backward(ctx, dsum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight_VD = ctx.saved_tensors
+        return (dhidden * dsum).to(dhidden.dtype), (dweight_VD * dsum).to(dweight_VD.dtype), None, None, None, None, None, None
+
+
+def check_labels(labels: Tensor, vocab_size: int) -> None:
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+        raise ValueError(
+            f"labels must lie in [0, {vocab_size}), got {int(labels.min())} to {int(labels.max())}; "
+            "give ignored positions any valid label and weight zero"
+        )
+
+
+def _world_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def _owned_rows(num_rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """First vocabulary id of this rank's shard, and how many of its `num_rows` rows are real words."""
+    first = 0 if group is None else group.rank() * num_rows
+    return first, max(0, min(num_rows, vocab_size - first))
+
+
+def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    return matmul_nt(hidden_ND, weight_VD) if weight_VD.shape[0] else hidden_ND.new_zeros(hidden_ND.shape[0], 0)
+
+
+def _maximum(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    maximum = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], float("-inf"))
+    if _world_size(group) > 1:
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+    return maximum
+
+
+def _local_labels(labels: Tensor, first: int, num_valid: int) -> tuple[Tensor, Tensor]:
+    """Each label's row in this shard (some valid row where it lives elsewhere), and whether it lives here."""
+    owned = (labels >= first) & (labels < first + num_valid)
+    return (labels - first).clamp(0, max(num_valid - 1, 0)), owned
+
+
+def _label_logits(logits: Tensor, row: Tensor, owned: Tensor) -> Tensor:
+    return logits.gather(-1, row[..., None]).squeeze(-1).masked_fill(~owned, 0)
+
+
+def _sum_over(values: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    if _world_size(group) > 1:
+        dist.all_reduce(values, group=group)
+    return values.unbind(0)

@@ -1,0 +1,20 @@
+"""Pretraining on one rank. From here the way to the optimizer step is train/trainer.py, then train/step.py."""
+
+from __future__ import annotations
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.run_directory import prepare_run_directory
+from megatron_hybrid.substrate.context import Substrate
+from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.substrate.transformer_config import build_transformer_config
+from megatron_hybrid.tasks.pretrain import Pretraining
+from megatron_hybrid.train.callbacks import standard_callbacks
+from megatron_hybrid.train.trainer import Trainer
+
+
+def pretrain(run: RunConfig, substrate: Substrate) -> ExitCode:
+    """Train to the last checkpoint. Every rank runs this, with its process groups built."""
+    config = build_transformer_config(run, substrate)
+    task = Pretraining(run, config, substrate)
+    prepare_run_directory(run, substrate)
+    return Trainer(run, task, config, substrate, standard_callbacks(run, substrate)).train()

@@ -1,0 +1,48 @@
+"""The run directory says how its contents came about: resolved configuration, code, environment, and every start of the run."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from torch import distributed
+
+from megatron_hybrid.config import RunConfig, dump_config
+from megatron_hybrid.substrate.environment import describe_environment
+from megatron_hybrid.substrate.context import Substrate
+
+CONFIG_NAME = "config.yaml"
+
+
+def prepare_run_directory(run: RunConfig, substrate: Substrate) -> None:
+    """Make the directory and write ``config.yaml`` (the newest start's) and one line more in ``starts.jsonl``; collective.
+
+    Raises:
+        ValueError: the directory cannot be made or written.
+    """
+    problem = [None]
+    if substrate.rank == 0:
+        try:
+            _write(run, substrate)
+        except OSError as error:
+            problem = [f"run_dir={run.run_dir} cannot be used: {error.strerror or error}"]
+    distributed.broadcast_object_list(problem, src=0, group=substrate.control_group)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
+
+
+def _write(run: RunConfig, substrate: Substrate) -> None:
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    text = dump_config(run)
+    replacement = run.run_dir / f"{CONFIG_NAME}.partial"
+    replacement.write_text(text)
+    replacement.replace(run.run_dir / CONFIG_NAME)
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": substrate.world_size,
+        "hosts": substrate.hosts,
+        "config": run.model_dump(mode="json"),
+        "environment": describe_environment(substrate.device),
+    }
+    with (run.run_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")

@@ -1,0 +1,1 @@
+"""What can be trained: each task brings a model, its data and a forward step to the one trainer."""

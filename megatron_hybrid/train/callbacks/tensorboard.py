@@ -1,0 +1,48 @@
+"""TensorBoard events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.train.callback import Callback
+from megatron_hybrid.train.progress import StepRecord
+
+if TYPE_CHECKING:
+    from megatron_hybrid.train.trainer import Trainer
+
+
+class TensorBoardLog(Callback):
+    """Writes scalars into RUN_DIR/tensorboard."""
+
+    def __init__(self, run: RunConfig) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("logging.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false") from error
+        self.writer = SummaryWriter(run.run_dir / "tensorboard")
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        for name, value in scalars(record).items():
+            self.writer.add_scalar(name, value, record.step)
+
+    def after_validation(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        for source, loss in losses.items():
+            self.writer.add_scalar(f"validation/{source}", loss, trainer.state.step)
+
+    def on_end(self, trainer: Trainer, exit_code: ExitCode) -> None:
+        self.writer.close()
+
+
+def scalars(record: StepRecord) -> dict[str, float]:
+    """A step's numbers under the names that both TensorBoard and Weights & Biases show."""
+    values = {f"train/{name}": value for name, value in record.metrics.items()}
+    values |= {
+        "train/grad_norm": record.grad_norm,
+        "train/learning_rate": record.learning_rate,
+        "speed/tokens_per_s": record.tokens_per_s,
+        "speed/tflops_per_rank": record.tflops_per_rank,
+        "speed/memory_gib": record.memory_gib,
+    }
+    return values if record.mfu is None else {**values, "speed/mfu": record.mfu}

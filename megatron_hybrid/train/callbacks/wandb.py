@@ -1,0 +1,41 @@
+"""Weights & Biases, where it is installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.train.callback import Callback
+from megatron_hybrid.train.callbacks.tensorboard import scalars
+from megatron_hybrid.train.progress import StepRecord
+
+if TYPE_CHECKING:
+    from megatron_hybrid.train.trainer import Trainer
+
+
+class WandbLog(Callback):
+    """Logs to the project named in ``logging.wandb_project``; a resumed run continues its curve."""
+
+    def __init__(self, run: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("logging.wandb_project needs the wandb package: pip install wandb, or leave the option out") from error
+        self.run = wandb.init(
+            project=run.logging.wandb_project,
+            name=run.run_dir.name,
+            id=run.run_dir.name,
+            dir=run.run_dir,
+            config=run.model_dump(mode="json"),
+            resume="allow",
+        )
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.run.log(scalars(record), step=record.step)
+
+    def after_validation(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        self.run.log({f"validation/{source}": loss for source, loss in losses.items()}, step=trainer.state.step)
+
+    def on_end(self, trainer: Trainer, exit_code: ExitCode) -> None:
+        self.run.finish()

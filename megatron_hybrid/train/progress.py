@@ -1,0 +1,89 @@
+"""Speed, memory and time left: what a step says about the run beside its loss."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.substrate.context import Substrate
+from megatron_hybrid.substrate.environment import peak_tflops
+from megatron_hybrid.train.step import StepResult
+
+if TYPE_CHECKING:
+    from megatron_hybrid.train.trainer import TrainState
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """All that is logged about one step."""
+
+    step: int
+    total_steps: int
+    tokens: int
+    """Tokens consumed so far."""
+    samples: int
+    """Data position: global index of the next sample."""
+    metrics: dict[str, float]
+    """The task's metrics, ``loss`` among them."""
+    grad_norm: float
+    learning_rate: float
+    step_s: float
+    """Wall time since the last record: the step, and whatever the callbacks did after the one before."""
+    tokens_per_s: float
+    """Over all ranks."""
+    tflops_per_rank: float
+    """Model TFLOP/s of one rank by the exact count; recomputation is not counted."""
+    mfu: float | None
+    """Share of the device's peak; None where the peak is unknown."""
+    memory_gib: float
+    """Peak memory of this rank so far: the device's allocator, or on a CPU the process."""
+    eta_s: float
+    """Time left at the average speed so far."""
+    data_hash: str
+    """Hash of the samples of this step, the same in every layout."""
+
+
+class Progress:
+    """Turns step results into records, keeping time."""
+
+    def __init__(self, run: RunConfig, flops_per_sample: float, substrate: Substrate) -> None:
+        self.run, self.flops_per_sample, self.substrate = run, flops_per_sample, substrate
+        self.peak_tflops = run.logging.peak_tflops or peak_tflops(substrate.device)
+        self.num_steps = 0
+        self.start_s = self.last_s = time.perf_counter()
+
+    def record(self, state: TrainState, result: StepResult, learning_rate: float) -> StepRecord:
+        """Describe the step that just ended; ``state`` already counts it."""
+        now_s = time.perf_counter()
+        step_s, self.last_s = now_s - self.last_s, now_s
+        self.num_steps += 1
+        samples_per_s = self.run.train.global_batch_size / step_s
+        tflops = samples_per_s * self.flops_per_sample / self.substrate.world_size / 1e12
+        steps_left = self.run.train.steps - state.step
+        return StepRecord(
+            step=state.step,
+            total_steps=self.run.train.steps,
+            tokens=state.samples * self.run.data.sequence_length,
+            samples=state.samples,
+            metrics=result.metrics,
+            grad_norm=result.grad_norm,
+            learning_rate=learning_rate,
+            step_s=step_s,
+            tokens_per_s=samples_per_s * self.run.data.sequence_length,
+            tflops_per_rank=tflops,
+            mfu=tflops / self.peak_tflops if self.peak_tflops else None,
+            memory_gib=_peak_memory_gib(self.substrate.device),
+            eta_s=steps_left * (now_s - self.start_s) / self.num_steps,
+            data_hash=f"{result.data_hash:016x}",
+        )
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30

@@ -1,0 +1,176 @@
+"""The loop: resume, step, report, save, stop.
+
+Everything random in a run is addressed by the seed and a position (a parameter's row, a sample's index), never drawn from a running generator. A checkpoint therefore holds weights,
+optimizer state and two numbers, and a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.transformer import TransformerConfig
+
+from megatron_hybrid.checkpoint import CheckpointStore, check_header, load, read_header
+from megatron_hybrid.checkpoint.sharding import shard_parameters
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.substrate.context import Substrate
+from megatron_hybrid.substrate.signals import StopRequest
+from megatron_hybrid.train.callback import Callback
+from megatron_hybrid.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_hybrid.train.progress import Progress
+from megatron_hybrid.train.schedule import check_schedule, learning_rate
+from megatron_hybrid.train.step import train_step
+from megatron_hybrid.train.task import Task
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where the run stands. ``samples`` is the data position; everything else follows from it and the configuration."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Samples consumed: the global index of the next one."""
+
+
+class Trainer:
+    """Trains one task in one run directory."""
+
+    def __init__(
+        self, run: RunConfig, task: Task, config: TransformerConfig, substrate: Substrate, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        check_schedule(run.schedule, run.total_tokens)
+        self.run, self.task, self.config, self.substrate, self.callbacks = run, task, config, substrate, callbacks
+        self.state = TrainState()
+        self.stop = StopRequest(substrate)
+        self.chunks = wrap_data_parallel(task.build_chunks(), run, config)
+        self.optimizer = build_optimizer(self.chunks, run)
+        self.store = CheckpointStore(
+            run.run_dir / "checkpoints", keep_last=run.checkpoint.keep_last, asynchronous=run.checkpoint.asynchronous
+        )
+        self.saved_step: int | None = None
+        self._connect_schedules()
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.run.train.steps * self.run.train.global_batch_size
+
+    def train(self) -> ExitCode:
+        """Run to the end, or until asked to stop; the weights are saved in either case."""
+        self.resume()
+        progress = Progress(self.run, self.task.flops_per_sample, self.substrate)
+        exit_code = ExitCode.FINISHED
+        self._notify("on_start")
+        with contextlib.closing(self.task.training_data(self.state.samples)) as data:
+            while self.state.samples < self.total_samples:
+                if self._should_leave(progress.num_steps):
+                    exit_code = ExitCode.STOPPED
+                    break
+                step_data = next(data)
+                rate = self._set_learning_rate(step_data.num_samples)
+                result = train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate)
+                self.state.step += 1
+                self.state.samples += step_data.num_samples
+                self._notify("after_step", progress.record(self.state, result, rate))
+                self.store.finish_pending(blocking=False)
+                if self.run.checkpoint.every_steps and self.state.step % self.run.checkpoint.every_steps == 0:
+                    self.save()
+        self.save()
+        self.store.finish_pending(blocking=True)
+        self._notify("on_end", exit_code)
+        return exit_code
+
+    def resume(self) -> None:
+        """Continue from the newest sound checkpoint of the run directory, or start from the given weights, or from scratch."""
+        newest = self.store.newest()
+        if newest is None:
+            if self.run.checkpoint.initialize_from is not None:
+                self._load_weights()
+            return
+        if not self.run.checkpoint.resume:
+            raise ValueError(
+                f"checkpoint.resume=false, but {self.store.directory} already holds {newest.name}; choose another run_dir, or let the run resume"
+            )
+        header = read_header(newest)
+        check_header(header, model=self.task.architecture(), training=self._training_kind())
+        self.task.check_fingerprint(header["data"])
+        loaded = load(newest, self._sharded_state(is_loading=True))
+        self._take_weights(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self.state = TrainState(**header["state"])
+        self.saved_step = self.state.step
+        _log.info("resumed from %s at step %d", newest, self.state.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, once."""
+        if self.saved_step == self.state.step:
+            return
+        header = {
+            "state": asdict(self.state),
+            "model": self.task.architecture(),
+            "data": self.task.data_fingerprint(),
+            "training": self._training_kind(),
+        }
+        self.store.save(self.state.step, self._sharded_state(is_loading=False), header)
+        self.saved_step = self.state.step
+
+    def _connect_schedules(self) -> None:
+        """Tell megatron-core's schedules how to scale the loss, when to hold gradient reductions back, and how to finish gradients."""
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if self.run.parallel.overlap_grad_reduce:
+            holds = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = holds if len(holds) > 1 else holds[0]
+
+    def _should_leave(self, num_steps: int) -> bool:
+        """Asked to by a signal to any rank, or after as many steps as this process was given."""
+        return self.stop.requested() or num_steps == self.run.train.exit_after_steps
+
+    def _set_learning_rate(self, num_samples: int) -> float:
+        tokens_after = (self.state.samples + num_samples) * self.run.data.sequence_length
+        rate = learning_rate(self.run.schedule, self.run.optimizer, tokens_after, self.run.total_tokens)
+        set_learning_rate(self.optimizer, rate)
+        return rate
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        model = self._sharded_model()
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+
+    def _sharded_model(self) -> dict[str, Any]:
+        sharded: dict[str, Any] = {}
+        for chunk in self.chunks:
+            sharded |= shard_parameters(chunk.module.named_global_parameters(), self.substrate.tensor_group, self.substrate.data_group)
+        return sharded
+
+    def _take_weights(self, loaded: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for chunk in self.chunks:
+                for name, parameter in chunk.module.named_global_parameters():
+                    parameter.copy_(loaded[name])
+
+    def _load_weights(self) -> None:
+        path = self.run.checkpoint.initialize_from
+        check_header(read_header(path), model=self.task.architecture())
+        self._take_weights(load(path, {"model": self._sharded_model()})["model"])
+        # The fp32 masters were made from the random weights; make them anew.
+        self.optimizer.reload_model_params()
+        _log.info("initialised the weights from %s", path)
+
+    def _training_kind(self) -> dict[str, Any]:
+        """What decides the shape of the optimizer state, and so cannot change on resume."""
+        return {"precision": self.run.train.precision, "distributed_optimizer": self.run.parallel.distributed_optimizer}
+
+    def _notify(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)

@@ -1,0 +1,35 @@
+"""The one place that states every version this project is built and tested with."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-hybrid",
+    version="0.1.0",
+    description="Pretrain hybrid Mamba-2 / attention / MLP language models with 3D parallelism, on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["megatron_hybrid*", "vision_agglom*", "tools*"]),
+    package_data={"megatron_hybrid.config": ["presets/*.yaml"], "megatron_hybrid.substrate": ["*.json"]},
+    install_requires=[
+        # CPU hosts pin torch below (extra "cpu"); a GPU host brings the build that fits its driver.
+        "torch>=2.11,<2.14",
+        "megatron-core==0.16.1",
+        "numpy==2.2.6; python_version < '3.11'",
+        "numpy==2.4.6; python_version >= '3.11'",
+        "einops==0.8.2",
+        "psutil==7.2.2",
+        "pydantic==2.14.3",
+        "PyYAML==6.0.3",
+        "sentencepiece==0.2.3",
+        "tokenizers==0.23.3",
+        "tqdm==4.70.1",
+        "matplotlib==3.10.8; python_version < '3.11'",
+        "matplotlib==3.11.2; python_version >= '3.11'",
+    ],
+    extras_require={
+        "cpu": ["torch==2.13.0"],
+        "logging": ["tensorboard==2.21.0"],
+        "huggingface": ["transformers==5.23.0"],
+        "test": ["pytest==9.2.0"],
+    },
+)

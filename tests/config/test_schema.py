@@ -1,0 +1,72 @@
+"""The schema refuses settings that contradict each other, and says which and what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.load import load_model
+
+RUN: dict[str, Any] = {
+    "run_dir": "runs/one",
+    "model": load_model("hybrid-cpu-12m")[0].model_dump(),
+    "data": {"sources": {"web": "web", "code": "code"}, "sequence_length": 512},
+    "optimizer": {"lr": 1e-3},
+    "train": {"steps": 100, "global_batch_size": 8},
+}
+
+
+def run_with(**sections: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(RUN | {name: RUN.get(name, {}) | options for name, options in sections.items()})
+
+
+def test_a_run_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        run_with().train.steps = 5  # type: ignore[misc]
+
+
+def test_tokens_follow_from_steps_batch_and_sequence() -> None:
+    assert run_with().tokens_per_step == 8 * 512
+    assert run_with().total_tokens == 100 * 8 * 512
+
+
+def test_derived_sizes_of_a_model() -> None:
+    model = run_with(model={"pattern": "M-|M*", "vocab_size": 1000, "vocab_divisible_by": 48}).model
+    assert (model.layer_kinds, model.num_layers, model.padded_vocab_size, model.mamba_inner_size) == ("M-M*", 4, 1008, 640)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"num_kv_heads": 3}}, "num_attention_heads=8 does not divide by num_kv_heads=3"),
+        ({"model": {"mamba_num_groups": 3}}, "mamba_num_heads=8 does not divide by mamba_num_groups=3"),
+        ({"model": {"mamba_num_groups": 2}, "parallel": {"tensor": 4}}, "model.mamba_num_groups=2 does not divide by parallel.tensor=4"),
+        ({"model": {"num_kv_heads": 2}, "parallel": {"tensor": 4}}, "model.num_kv_heads=2 does not divide by parallel.tensor=4"),
+        ({"model": {"vocab_divisible_by": 1, "vocab_size": 4097}, "parallel": {"tensor": 2}}, "padded vocabulary=4097"),
+        ({"parallel": {"tensor": 4, "sequence_parallel": True}, "data": {"sequence_length": 510}}, "data.sequence_length=510 does not"),
+        ({"parallel": {"virtual_pipeline": 2}}, "virtual_pipeline=2 needs pipeline above 1"),
+        ({"parallel": {"overlap_param_gather": True}}, "overlap_param_gather=true needs"),
+        ({"parallel": {"data": 3}}, "train.global_batch_size=8 does not divide by parallel.data x train.micro_batch_size=3"),
+        ({"parallel": {"pipeline": 20}}, "asks for 20 stages, but the model has only 12 layers"),
+        ({"train": {"micro_batch_size": 3}}, "global_batch_size=8 does not divide by micro_batch_size=3"),
+        ({"optimizer": {"min_lr": 1.0}}, "min_lr=1.0 is above lr=0.001"),
+        ({"schedule": {"kind": "wsd"}}, "needs schedule.decay_tokens"),
+        ({"schedule": {"kind": "constant", "decay_tokens": "1K"}}, "takes no decay_tokens"),
+        ({"data": {"phases": []}}, "phases is empty"),
+        ({"data": {"phases": [{"start": "10%"}]}}, "the first phase must start at 0"),
+        ({"data": {"phases": [{}, {"start": "60%"}, {"start": "50%"}]}}, "phases must start one after another"),
+        ({"data": {"phases": [{"blend": {"web": 1, "books": 1}}]}}, r"blend names \['books'\]"),
+        ({"data": {"phases": [{"blend": {"web": 0}}]}}, "every blend weight is 0"),
+        ({"data": {"phases": [{"blend": {"web": -1}}]}}, "must be zero or more"),
+    ],
+)
+def test_contradictions_are_refused(sections: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run_with(**sections)
+
+
+def test_dimensions_that_no_layer_uses_need_not_divide() -> None:
+    assert run_with(model={"pattern": "M-M-", "num_kv_heads": 1}, parallel={"tensor": 4}).parallel.tensor == 4

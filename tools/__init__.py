@@ -1,0 +1,1 @@
+"""Command lines over the packages, each run as ``python -m tools.NAME``."""
