@@ -43,10 +43,12 @@ class Part:
 
     @property
     def parameters(self) -> int:
+        """Of all of them together."""
         return self.count * self.parameters_each
 
     @property
     def training_flops(self) -> int:
+        """Per token, of all of them together."""
         return self.count * self.training_flops_each
 
 

@@ -16,9 +16,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -46,7 +48,8 @@ class RankPool:
 
     def __init__(self) -> None:
         self._store: dist.TCPStore | None = None
-        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._on_cuda = False
         self._num_runs = 0
 
     def __enter__(self) -> RankPool:
@@ -84,15 +87,22 @@ class RankPool:
         self._store = None
 
     def _start(self, world_size: int) -> None:
+        on_cuda = torch.cuda.device_count() >= world_size
+        if on_cuda != self._on_cuda:
+            self.close()
+            self._on_cuda = on_cuda
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         context = multiprocessing.get_context("spawn")
-        while len(self._workers) < world_size:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,))
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+        with pytest.MonkeyPatch.context() as patch:
+            if not on_cuda:
+                patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            while len(self._workers) < world_size:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs,))
+                process.start()
+                theirs.close()
+                self._workers.append((process, ours))
 
     def _collect(self, world_size: int, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -128,7 +138,7 @@ class RankPool:
 
 
 def _work(pipe: Connection) -> None:
-    """Body of a worker: run one function after another, until the parent goes away."""
+    """Body of a worker: run one function after another, until one fails or the parent goes away."""
     torch.set_num_threads(1)
     while True:
         try:
@@ -152,7 +162,7 @@ def _work(pipe: Connection) -> None:
 
 
 def _take_groups_down() -> None:
-    from megatron.core import parallel_state
+    # Imported here so that workers for functions without groups do without megatron-core.
+    from megatron_hybrid.substrate.groups import destroy_groups
 
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    destroy_groups()

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,7 +26,8 @@ class FileFacts:
     """One file of a checkpoint."""
 
     size_bytes: int
-    crc32: int
+    crc32: str
+    """Eight hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class TensorFacts:
     shape: tuple[int, ...]
     dtype: str
     """torch's name, such as bfloat16."""
-    digest: int
+    digest: str
+    """Sixteen hexadecimal digits; see ``digest``."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Manifest:
     tensors: dict[str, TensorFacts]
 
     def to_text(self) -> str:
-        """Return the file's text: a CRC-32 of the second line, and the manifest in one line."""
-        body = json.dumps(asdict(self))
-        return f"{zlib.crc32(body.encode())}\n{body}\n"
+        """Return the file's text: JSON, with a CRC-32 of itself."""
+        fields = asdict(self)
+        return json.dumps({"crc32": _crc32_of(fields), **fields}, indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -57,16 +60,16 @@ class Manifest:
         Raises:
             CheckpointError: it is missing or damaged.
         """
+        file = path / MANIFEST
         try:
-            crc32, body = (path / MANIFEST).read_text(encoding="ascii").splitlines()
-            intact = int(crc32) == zlib.crc32(body.encode())
+            fields = json.loads(file.read_text(encoding="ascii"))
+            intact = fields.pop("crc32") == _crc32_of(fields)
         except FileNotFoundError:
-            raise CheckpointError(f"{path / MANIFEST} is missing") from None
-        except ValueError:
+            raise CheckpointError(f"{file} is missing") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             intact = False
         if not intact:
-            raise CheckpointError(f"{path / MANIFEST} is damaged")
-        fields = json.loads(body)
+            raise CheckpointError(f"{file} is damaged: its CRC-32 differs")
         return cls(
             files={name: FileFacts(**facts) for name, facts in fields["files"].items()},
             tensors={key: TensorFacts(tuple(facts["shape"]), facts["dtype"], facts["digest"]) for key, facts in fields["tensors"].items()},
@@ -80,7 +83,7 @@ def measure(file: Path) -> FileFacts:
         while block := stream.read(_BYTES_PER_READ):
             size_bytes += len(block)
             crc32 = zlib.crc32(block, crc32)
-    return FileFacts(size_bytes, crc32)
+    return FileFacts(size_bytes, f"{crc32:08x}")
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:
@@ -121,6 +124,10 @@ def verify_files(path: Path, group: dist.ProcessGroup | None = None) -> Manifest
         by_size = sorted(manifest.files, key=lambda name: (manifest.files[name].size_bytes, name), reverse=True)
         check_contents(path, manifest, by_size[dist.get_rank(group) :: dist.get_world_size(group)])
     return manifest
+
+
+def _crc32_of(fields: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(fields).encode()):08x}"
 
 
 def _raise_all(problems: list[str]) -> None:

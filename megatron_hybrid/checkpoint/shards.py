@@ -59,4 +59,4 @@ def _join(key: str, shards: list[ShardFacts]) -> TensorFacts:
     num_elements = sum(math.prod(shard.shape) for shard in shards)
     if len(kinds) > 1 or num_elements != math.prod(shards[0].global_shape):
         raise CheckpointError(f"{key}: shards of {num_elements} elements do not make up a tensor of (shape, dtype) {sorted(kinds)}")
-    return TensorFacts(shards[0].global_shape, shards[0].dtype, sum(shard.digest for shard in shards) % MODULUS)
+    return TensorFacts(shards[0].global_shape, shards[0].dtype, f"{sum(shard.digest for shard in shards) % MODULUS:016x}")

@@ -30,9 +30,9 @@ from megatron_hybrid.checkpoint.agreement import failing_together, gather
 from megatron_hybrid.checkpoint.manifest import FileFacts, measure
 from megatron_hybrid.checkpoint.shards import ShardFacts
 
-# A tensor's record in a file has a pickled description and padding; metadata and manifest have an entry for it.
 DATA_SUFFIX = ".distcp"
 """Files of shards; the name is torch's."""
+# A tensor's record in a file has a pickled description and padding; metadata and manifest have an entry for it.
 _OVERHEAD_BYTES_PER_ENTRY = 4096
 
 

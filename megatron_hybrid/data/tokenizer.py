@@ -236,8 +236,9 @@ def _read_folder(folder: Path) -> tuple[str, str | None]:
         raise ValueError("reading a tokenizer folder needs transformers, which is not installed; install it or name the tokenizer.json") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"transformers cannot read this folder: {error}") from error
+    except (OSError, KeyError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"transformers cannot read this folder: {first_line}") from error
     if not tokenizer.is_fast:
         raise ValueError("transformers has only a slow (Python) version of this tokenizer; convert it to a tokenizer.json first")
     return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token

@@ -36,7 +36,7 @@ class SelfAttention(torch.nn.Module):
         width = model.num_attention_heads * model.head_dim
         qkv_width = width + 2 * model.num_kv_heads * model.head_dim
         self.linear_qkv = NormColumnParallelLinear(model.hidden_size, qkv_width, config=config, ops=ops)
-        self.linear_proj = ResidualRowParallelLinear(width, model.hidden_size, config=config)
+        self.linear_proj = ResidualRowParallelLinear(width, model.hidden_size, config=config, ops=ops)
 
     def forward(self, hidden_LBD: Tensor, sequence: Sequence, cache: AttentionCache | None = None) -> Tensor:
         """Map [L or L/tp, B, D] to the same shape, summed over the tensor ranks."""

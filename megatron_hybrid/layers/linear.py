@@ -1,6 +1,7 @@
 """Tensor-parallel linears as every layer uses them: norm + column-parallel into a block, row-parallel out of it.
 
-Parameter names are Megatron-LM's with its Transformer Engine layers: ``layer_norm_weight`` and ``weight`` side by side, so checkpoints are the same on every host.
+Communication is megatron-core's (its region mappings carry the matching collective in backward); the product itself is an op, chosen per host. Parameter names are Megatron-LM's
+with its Transformer Engine layers, ``layer_norm_weight`` and ``weight`` side by side, so checkpoints are the same on every host.
 """
 
 from __future__ import annotations
@@ -8,7 +9,13 @@ from __future__ import annotations
 import math
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -16,8 +23,8 @@ from megatron_hybrid.layers.parameters import Component, declare, normal, ones
 from megatron_hybrid.layers.specs import Ops
 
 
-class NormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm, then a column-parallel linear.
+class NormColumnParallelLinear(torch.nn.Module):
+    """RMSNorm, then a linear whose output rows are cut over the tensor ranks.
 
     The norm sees what the rank holds of the sequence; under sequence parallelism the linear gathers it.
     """
@@ -25,30 +32,47 @@ class NormColumnParallelLinear(ColumnParallelLinear):
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, ops: Ops, components: tuple[Component, ...] = ()
     ) -> None:
-        super().__init__(input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False)
-        self.rms_norm = ops.rms_norm
-        self.layer_norm_weight = torch.nn.Parameter(torch.empty(input_size, dtype=config.params_dtype, device=self.weight.device))
-        declare(self.layer_norm_weight, initializer=ones, sequence_parallel=config.sequence_parallel)
+        super().__init__()
+        self.ops, self.eps, self.sequence_parallel = ops, config.layernorm_epsilon, config.sequence_parallel
         tensor_ranks = config.tensor_model_parallel_size
+        self.layer_norm_weight = torch.nn.Parameter(torch.empty(input_size, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(torch.empty(output_size // tensor_ranks, input_size, dtype=config.params_dtype))
+        declare(self.layer_norm_weight, initializer=ones, sequence_parallel=config.sequence_parallel)
         declare(self.weight, initializer=normal(config.init_method_std), tensor_ranks=tensor_ranks, axis=0, components=components)
 
     def forward(self, hidden_LBD: Tensor) -> Tensor:
         """Map [L or L/tp, B, input_size] to [L, B, output_size / tp]."""
-        normed = self.rms_norm(hidden_LBD, self.layer_norm_weight, self.config.layernorm_epsilon)
-        return super().forward(normed)[0]
+        normed_LBD = self.ops.rms_norm(hidden_LBD, self.layer_norm_weight, self.eps)
+        return self.ops.linear(whole_sequence(normed_LBD, self.sequence_parallel), self.weight)
 
 
-class ResidualRowParallelLinear(RowParallelLinear):
-    """The linear that writes into the residual stream; its initial std is scaled by 1 / sqrt(layers).
+class ResidualRowParallelLinear(torch.nn.Module):
+    """The linear that writes into the residual stream; its input columns are cut over the tensor ranks.
 
-    One residual addition per layer of the pattern, so the variance of the stream at the end does not grow with depth (GPT-2's rule, where a layer adds twice).
+    Its initial std is scaled by 1 / sqrt(layers): one residual addition per layer of the pattern, so the variance of the stream at the end does not grow with depth (GPT-2's rule, whose
+    layers add twice).
     """
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
-        super().__init__(input_size, output_size, config=config, init_method=config.init_method, bias=False, input_is_parallel=True, skip_bias_add=False)
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.sequence_parallel = ops, config.sequence_parallel
+        tensor_ranks = config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size // tensor_ranks, dtype=config.params_dtype))
         std = config.init_method_std / math.sqrt(config.num_layers)
-        declare(self.weight, initializer=normal(std), tensor_ranks=config.tensor_model_parallel_size, axis=1)
+        declare(self.weight, initializer=normal(std), tensor_ranks=tensor_ranks, axis=1)
 
     def forward(self, input_LBC: Tensor) -> Tensor:
         """Map [L, B, input_size / tp] to [L or L/tp, B, output_size], summed over the tensor ranks."""
-        return super().forward(input_LBC)[0]
+        partial_LBD = self.ops.linear(input_LBC, self.weight)
+        group = get_tensor_model_parallel_group()
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial_LBD, group=group)
+        return reduce_from_tensor_model_parallel_region(partial_LBD, group=group)
+
+
+def whole_sequence(hidden_LBD: Tensor, sequence_parallel: bool) -> Tensor:
+    """All of L on every tensor rank, [L, B, D], with a backward that sums what the ranks' output shards contribute."""
+    group = get_tensor_model_parallel_group()
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=True, group=group)
+    return copy_to_tensor_model_parallel_region(hidden_LBD, group=group)

@@ -61,7 +61,7 @@ class MambaMixer(torch.nn.Module):
         declare(self.D, initializer=ones, tensor_ranks=tensor_ranks, axis=0)
         declare(self.dt_bias, initializer=inverse_softplus_time_step, tensor_ranks=tensor_ranks, axis=0)
         self.norm = GatedNorm(inner, model.mamba_num_groups, model.norm_eps, config, ops)
-        self.out_proj = ResidualRowParallelLinear(inner, model.hidden_size, config=config)
+        self.out_proj = ResidualRowParallelLinear(inner, model.hidden_size, config=config, ops=ops)
 
     def forward(self, hidden_LBD: Tensor, sequence: Sequence, cache: MambaCache | None = None) -> Tensor:
         """Map [L or L/tp, B, D] to the same shape, summed over the tensor ranks."""

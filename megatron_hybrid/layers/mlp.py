@@ -32,7 +32,7 @@ class Mlp(torch.nn.Module):
         super().__init__()
         self.squared_relu, self.recompute_core = ops.squared_relu, recompute_core
         self.linear_fc1 = NormColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, config=config, ops=ops)
-        self.linear_fc2 = ResidualRowParallelLinear(model.ffn_hidden_size, model.hidden_size, config=config)
+        self.linear_fc2 = ResidualRowParallelLinear(model.ffn_hidden_size, model.hidden_size, config=config, ops=ops)
 
     def forward(self, hidden_LBD: Tensor) -> Tensor:
         """Map [L or L/tp, B, D] to the same shape, summed over the tensor ranks."""

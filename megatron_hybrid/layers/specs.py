@@ -19,6 +19,7 @@ class Ops:
     rms_norm: Callable
     gated_rms_norm: Callable
     squared_relu: Callable
+    linear: Callable
     attention: Callable
     linear_cross_entropy: Callable
     apply_rope: Callable = apply_rope

@@ -11,42 +11,16 @@ from typing import Literal
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.layers.parameters import declare, normal
 from megatron_hybrid.layers.sequence import Sequence
 from megatron_hybrid.layers.specs import Ops
 from megatron_hybrid.model.stack import HybridStack
+from megatron_hybrid.model.vocabulary import Embedding, OutputLayer
 from megatron_hybrid.ops.attention import document_mask
 from megatron_hybrid.ops.rope import rope_tables
-
-
-class Embedding(torch.nn.Module):
-    """Vocabulary-parallel token embedding; scatters its output along the sequence under sequence parallelism."""
-
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
-        super().__init__()
-        self.sequence_parallel = config.sequence_parallel
-        self.word_embeddings = VocabParallelEmbedding(
-            model.padded_vocab_size, model.hidden_size, init_method=config.init_method, reduce_scatter_embeddings=config.sequence_parallel, config=config
-        )
-        weight = self.word_embeddings.weight
-        declare(weight, initializer=normal(model.init_std), tensor_ranks=config.tensor_model_parallel_size, axis=0)
-        weight.is_embedding_or_output_parameter = True
-
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Map [B, L] token ids to [L or L/tp, B, D]."""
-        embedded = self.word_embeddings(tokens_BL)
-        return embedded if self.sequence_parallel else embedded.transpose(0, 1).contiguous()
 
 
 class HybridModel(MegatronModule):
@@ -66,8 +40,6 @@ class HybridModel(MegatronModule):
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
-        self.vocab_size = model.vocab_size
-        self.ops = ops
         self.rope = (model.head_dim, model.rope_theta) if model.position_embedding == "rope" else None
         self.input_tensor: Tensor | None = None
         self.pre_process, self.post_process = is_first_stage, is_last_stage
@@ -75,12 +47,7 @@ class HybridModel(MegatronModule):
             self.embedding = Embedding(model, config)
         self.decoder = HybridStack(model, config, ops, layer_range=layer_range, recompute=recompute, has_final_norm=is_last_stage)
         if is_last_stage:
-            self.output_layer = ColumnParallelLinear(
-                model.hidden_size, model.padded_vocab_size, config=config, init_method=config.init_method, bias=False, gather_output=False
-            )
-            weight = self.output_layer.weight
-            declare(weight, initializer=normal(model.init_std), tensor_ranks=config.tensor_model_parallel_size, axis=0)
-            weight.is_embedding_or_output_parameter = True
+            self.output_layer = OutputLayer(model, config, ops)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take the previous stage's output [L or L/tp, B, D]; called by megatron-core's pipeline schedules."""
@@ -114,7 +81,7 @@ class HybridModel(MegatronModule):
         hidden_LBD = self.run_layers(tokens_BL, self.describe_sequence(tokens_BL.shape[1], segment_ids_BL))
         if not self.post_process:
             return hidden_LBD
-        return self.logits(hidden_LBD) if labels_BL is None else self.loss_sum(hidden_LBD, labels_BL, loss_mask_BL)
+        return self.output_layer.logits(hidden_LBD) if labels_BL is None else self.output_layer.loss_sum(hidden_LBD, labels_BL, loss_mask_BL)
 
     def describe_sequence(self, length: int, segment_ids_BL: Tensor | None = None, offset: int = 0) -> Sequence:
         """Prepare once what every layer needs to know of the sequence."""
@@ -131,31 +98,6 @@ class HybridModel(MegatronModule):
         """Embedding (on the first stage) and this stage's layers, final norm included on the last."""
         hidden_LBD = self.embedding(tokens_BL) if self.pre_process else self.input_tensor
         return self.decoder(hidden_LBD, sequence, caches)
-
-    def loss_sum(self, hidden_LBD: Tensor, labels_BL: Tensor, loss_mask_BL: Tensor) -> Tensor:
-        """Cross entropy summed with the given weights, fp32, from the final norm's output; padded vocabulary rows take no part."""
-        total, _ = self.ops.linear_cross_entropy(
-            self._whole_sequence(hidden_LBD),
-            self.output_layer.weight,
-            labels_BL.t(),
-            loss_mask_BL.t(),
-            vocab_size=self.vocab_size,
-            group=self.output_layer.tp_group,
-        )
-        return total
-
-    def logits(self, hidden_LBD: Tensor) -> Tensor:
-        """Logits [B, L, V] of the true vocabulary."""
-        logits_LBV, _ = self.output_layer(hidden_LBD)
-        logits_LBV = gather_from_tensor_model_parallel_region(logits_LBV, group=self.output_layer.tp_group)
-        return logits_LBV[..., : self.vocab_size].transpose(0, 1)
-
-    def _whole_sequence(self, hidden_LBD: Tensor) -> Tensor:
-        """All of L on every rank, with a backward that sums what the ranks' vocabulary shards each contribute."""
-        group = self.output_layer.tp_group
-        if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=True, group=group)
-        return copy_to_tensor_model_parallel_region(hidden_LBD, group=group)
 
 
 def global_name(local_name: str, first_layer: int) -> str:

@@ -74,23 +74,28 @@ def _decays(dt_SBHK: Tensor, A_H: Tensor, document_SBK: Tensor | None) -> _Decay
     # Below this exponent exp2 is zero in the given precision: bounding steps there changes no result and keeps differences of sums exact enough.
     lowest_exponent = -150.0 if dt_SBHK.dtype == torch.float32 else -1100.0
     step_SBHK = (dt_SBHK * (A_H * LOG2_E)[:, None]).clamp_min_(lowest_exponent)
-    target_SBHK = step_SBHK.cumsum(-1)
-    source_SBHK = target_SBHK - dt_SBHK.log2()
-    end_SBH1 = target_SBHK[..., -1:]
-    boundary_BHZ = F.pad(end_SBH1[..., 0].double().cumsum(0).permute(1, 2, 0), (1, 0))
-    may_read_KK = torch.ones(dt_SBHK.shape[-1], dt_SBHK.shape[-1], dtype=torch.bool, device=dt_SBHK.device).tril()
-    may_carry_ZZ = torch.ones(boundary_BHZ.shape[-1], boundary_BHZ.shape[-1], dtype=torch.bool, device=dt_SBHK.device).tril()
-    into_SBHK = torch.exp2(end_SBH1 - source_SBHK)
-    out_SBHK = torch.exp2(target_SBHK)
+    may_read_KK, may_carry_ZZ = _lower_triangle(dt_SBHK.shape[-1], dt_SBHK), _lower_triangle(dt_SBHK.shape[0] + 1, dt_SBHK)
     if document_SBK is not None:
         before_BZ = F.pad(document_SBK[..., -1].t(), (1, 0))
-        may_read_KK = (may_read_KK & (document_SBK[..., :, None] == document_SBK[..., None, :]))[:, :, None]
-        may_carry_ZZ = (may_carry_ZZ & (before_BZ[:, :, None] == before_BZ[:, None, :]))[:, None]
-        into_SBHK.mul_((document_SBK == document_SBK[..., -1:])[:, :, None])
-        out_SBHK.mul_((document_SBK == before_BZ.t()[:-1, :, None])[:, :, None])
-    within_SBHKK = (target_SBHK[..., :, None] - source_SBHK[..., None, :]).add_(_exclusion(may_read_KK, dt_SBHK.dtype)).exp2_()
-    between_BHZZ = (boundary_BHZ[..., :, None] - boundary_BHZ[..., None, :]).add_(_exclusion(may_carry_ZZ, torch.float64)).exp2_()
-    return _Decays(within_SBHKK, out_SBHK, into_SBHK, between_BHZZ.to(dt_SBHK.dtype))
+        may_read_KK = may_read_KK & (document_SBK[..., :, None] == document_SBK[..., None, :])
+        may_carry_ZZ = may_carry_ZZ & (before_BZ[:, :, None] == before_BZ[:, None, :])
+    # sums over a mask, not cumulative ones: what precedes a document must not even enter its rounding
+    target_SBHK = step_SBHK @ may_read_KK.mT.to(step_SBHK.dtype)
+    boundary_BHZ = target_SBHK[..., -1].double().permute(1, 2, 0) @ may_carry_ZZ.tril(-1)[..., :-1].mT.double()
+    log_dt_SBHK = dt_SBHK.log2()
+    into_SBHK = torch.exp2(target_SBHK[..., -1:] - target_SBHK + log_dt_SBHK)
+    out_SBHK = torch.exp2(target_SBHK)
+    if document_SBK is not None:
+        may_read_KK, may_carry_ZZ = may_read_KK[:, :, None], may_carry_ZZ[:, None]
+        into_SBHK.masked_fill_((document_SBK != document_SBK[..., -1:])[:, :, None], 0)
+        out_SBHK.masked_fill_((document_SBK != before_BZ.t()[:-1, :, None])[:, :, None], 0)
+    within_SBHKK = (target_SBHK[..., :, None] - target_SBHK[..., None, :]).add_(_exclusion(may_read_KK, dt_SBHK.dtype))
+    between_BHZZ = (boundary_BHZ[..., :, None] - boundary_BHZ[..., None, :]).add_(_exclusion(may_carry_ZZ, torch.float64))
+    return _Decays(within_SBHKK.add_(log_dt_SBHK[..., None, :]).exp2_(), out_SBHK, into_SBHK, between_BHZZ.exp2_().to(dt_SBHK.dtype))
+
+
+def _lower_triangle(size: int, like: Tensor) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
 
 
 def _exclusion(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,10 +128,9 @@ class _ChunkedSSD(torch.autograd.Function):
         y_SBHKP = mixing_SBHKK.to(x_BLHP.dtype) @ x_SBHKP
 
         into_state_SBGKRP = _scale_heads_together(x_SBHKP, decays.into_SBHK, num_groups)
-        states_ZBHPN = dt_BLH.new_zeros(num_chunks + 1, batch, num_heads, head_dim, num_states)
-        if initial_BHPN is not None:
-            states_ZBHPN[0] = initial_BHPN
-        states_ZBHPN[1:] = (into_state_SBGKRP.flatten(-2).mT @ B_SBGKN).view(num_chunks, batch, num_heads, head_dim, num_states)
+        states_ZBHPN = dt_BLH.new_empty(num_chunks + 1, batch, num_heads, head_dim, num_states)
+        states_ZBHPN[0] = 0 if initial_BHPN is None else initial_BHPN
+        _matmul_into(_merge_heads(states_ZBHPN[1:], num_groups), into_state_SBGKRP.flatten(-2).mT, B_SBGKN)
         states_BHZPN = _over_chunks(decays.between_BHZZ, states_ZBHPN)
         before_SBHPN = states_BHZPN[:, :, :-1].permute(2, 0, 1, 3, 4).to(x_BLHP.dtype, memory_format=torch.contiguous_format)
         from_state_SBGKRP = (C_SBGKN @ _merge_heads(before_SBHPN, num_groups).mT).unflatten(-1, (-1, head_dim))
@@ -160,10 +164,9 @@ class _ChunkedSSD(torch.autograd.Function):
         dx_SBHKP = mixing_SBHKK.to(x_BLHP.dtype).mT @ dy_SBHKP
 
         from_state_SBGKRP = _scale_heads_together(dy_SBHKP, decays.out_SBHK, num_groups)
-        dstates_ZBHPN = dt_BLH.new_zeros(num_chunks + 1, batch, num_heads, head_dim, num_states)
-        dstates_ZBHPN[:-1] = (from_state_SBGKRP.flatten(-2).mT @ C_SBGKN).view(num_chunks, batch, num_heads, head_dim, num_states)
-        if dfinal_BHPN is not None:
-            dstates_ZBHPN[-1] = dfinal_BHPN
+        dstates_ZBHPN = dt_BLH.new_empty(num_chunks + 1, batch, num_heads, head_dim, num_states)
+        dstates_ZBHPN[-1] = 0 if dfinal_BHPN is None else dfinal_BHPN
+        _matmul_into(_merge_heads(dstates_ZBHPN[:-1], num_groups), from_state_SBGKRP.flatten(-2).mT, C_SBGKN)
         dstates_BHZPN = _over_chunks(decays.between_BHZZ.mT, dstates_ZBHPN)
         dafter_SBHPN = dstates_BHZPN[:, :, 1:].permute(2, 0, 1, 3, 4).to(memory_format=torch.contiguous_format)
         passed_SBH = (dafter_SBHPN * before_SBHPN).sum((-2, -1))
@@ -174,7 +177,7 @@ class _ChunkedSSD(torch.autograd.Function):
         dinto_SBGKRP = (B_SBGKN @ dafter_SBGRPN.mT).unflatten(-1, (-1, head_dim))
         dB_SBGKN = into_state_SBGKRP.flatten(-2) @ dafter_SBGRPN
         dB_SBGKN += dscores_SBGKK.mT @ C_SBGKN
-        into_end_SBHK = (into_state_SBGKRP * dinto_SBGKRP).sum(-1, dtype=wide).mT.flatten(2, 3)
+        into_end_SBHK = into_state_SBGKRP.mul_(dinto_SBGKRP).sum(-1, dtype=wide).mT.flatten(2, 3)
         dC_SBGRKN = _by_group((dy_SBHKP @ before_SBHPN).to(wide).mul_(decays.out_SBHK[..., None]), num_groups)
         from_start_SBHK = (dC_SBGRKN * C_SBGKN.unsqueeze(3)).sum(-1).flatten(2, 3)
         dC_SBGKN = dC_SBGRKN.sum(3)
@@ -236,13 +239,12 @@ def _to_sequence(t_SBXKY: Tensor, like_BLXY: Tensor) -> Tensor:
 
 
 def _add_to_sequence(t_SBHKP: Tensor, other_SBGKRP: Tensor, factor_SBHK: Tensor, like_BLHP: Tensor) -> Tensor:
-    """`t + factor * other` in sequence order, in the dtype, length and memory order of `like_BLHP`."""
+    """`t + factor * other` in the dtype, length and memory order of `like_BLHP`."""
+    num_groups = other_SBGKRP.shape[2]
     result = _sequence_like(like_BLHP, t_SBHKP.shape[0] * t_SBHKP.shape[3])
-    other_SBHKP = other_SBGKRP.transpose(3, 4).flatten(2, 3) if other_SBGKRP.shape[2] == 1 else other_SBGKRP.transpose(3, 4)
-    shape = (*t_SBHKP.shape[:2], other_SBGKRP.shape[2], -1, *t_SBHKP.shape[3:])
-    target = _chunk_view(result, t_SBHKP.shape[0]).unflatten(2, shape[2:4])
-    product = torch.addcmul(t_SBHKP.view(shape), other_SBGKRP.transpose(3, 4), factor_SBHK.view(shape[:-1])[..., None].to(other_SBHKP.dtype))
-    target.copy_(product)
+    factor_SBGRK1 = _by_group(factor_SBHK, num_groups)[..., None].to(t_SBHKP.dtype)
+    target_SBGRKP = _by_group(_chunk_view(result, t_SBHKP.shape[0]), num_groups)
+    torch.addcmul(_by_group(t_SBHKP, num_groups), other_SBGKRP.transpose(3, 4), factor_SBGRK1, out=target_SBGRKP)
     return result[:, : like_BLHP.shape[1]]
 
 
@@ -261,6 +263,14 @@ def _scale_heads_together(t_SBHKP: Tensor, factor_SBHK: Tensor, num_groups: int)
     t_SBGKRP = _by_group(t_SBHKP, num_groups).transpose(3, 4)
     factor_SBGKR1 = _by_group(factor_SBHK, num_groups).transpose(3, 4)[..., None].to(t_SBHKP.dtype)
     return torch.mul(t_SBGKRP, factor_SBGKR1, out=torch.empty_like(t_SBGKRP, memory_format=torch.contiguous_format))
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`a @ b` written to `out`, which may be of a wider dtype."""
+    if out.dtype == a.dtype:
+        torch.matmul(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _over_chunks(weights_BHZZ: Tensor, states_ZBHPN: Tensor) -> Tensor:

@@ -70,11 +70,10 @@ def first_host(nodelist: str) -> str:
     Raises:
         ValueError: the text is no node list.
     """
-    match = re.match(r"(?:[^\[\],\s]|\[[^\[\]]*\])+", nodelist.strip())
-    host = re.sub(r"\[(\d+)[^\[\]]*\]", r"\1", match.group()) if match else ""
-    if not host or "[" in host:
+    match = re.match(r"((?:[^\[\],\s]|\[\d[^\[\]]*\])+)(?:,|$)", nodelist.strip())
+    if match is None:
         raise ValueError(f"expected a SLURM node list such as 'gpu[003-006],login1', got {nodelist!r}")
-    return host
+    return re.sub(r"\[(\d+)[^\[\]]*\]", r"\1", match.group(1))
 
 
 def _torchrun_place(environment: Mapping[str, str]) -> Place:

@@ -7,6 +7,8 @@ import warnings
 _MESSAGES = (
     # megatron-core without Transformer Engine: its torch fallbacks are what a CPU host is meant to use.
     r"Transformer Engine and Apex are not installed\. Falling back to .*",
+    # Names that megatron-core 0.16.1 calls and torch 2.13 has newer ones for.
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated.*",
 )
 
 

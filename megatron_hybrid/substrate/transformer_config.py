@@ -62,13 +62,15 @@ def build_transformer_config(config: RunConfig, substrate: Substrate) -> Transfo
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=False,
-        deallocate_pipeline_outputs=True,
+        # Interleaved stages free an output before its send was waited for; gloo still reads it then, and the next stage gets garbage
+        deallocate_pipeline_outputs=not (interleaved and substrate.backend == "gloo"),
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # Kernels: on a CPU the embedding's ordinary backward is deterministic, and faster than the one this switch selects
         deterministic_mode=config.runtime.deterministic and on_cuda,
         gradient_accumulation_fusion=on_cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         transformer_impl="local",
+        cuda_graph_scope=[],
     )
 
 

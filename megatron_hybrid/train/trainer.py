@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.checkpoint import CheckpointStore, check_header, load, read_header
@@ -58,7 +59,7 @@ class Trainer:
             run.run_dir / "checkpoints", keep_last=run.checkpoint.keep_last, asynchronous=run.checkpoint.asynchronous
         )
         self.saved_step: int | None = None
-        self._connect_schedules()
+        connect_schedules(config, self.chunks, self.optimizer)
 
     @property
     def total_samples(self) -> int:
@@ -124,14 +125,6 @@ class Trainer:
         self.store.save(self.state.step, self._sharded_state(is_loading=False), header)
         self.saved_step = self.state.step
 
-    def _connect_schedules(self) -> None:
-        """Tell megatron-core's schedules how to scale the loss, when to hold gradient reductions back, and how to finish gradients."""
-        self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = finalize_model_grads
-        if self.run.parallel.overlap_grad_reduce:
-            holds = [chunk.no_sync for chunk in self.chunks]
-            self.config.no_sync_func = holds if len(holds) > 1 else holds[0]
-
     def _should_leave(self, num_steps: int) -> bool:
         """Asked to by a signal to any rank, or after as many steps as this process was given."""
         return self.stop.requested() or num_steps == self.run.train.exit_after_steps
@@ -174,3 +167,12 @@ class Trainer:
     def _notify(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
+
+
+def connect_schedules(config: TransformerConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tell megatron-core's schedules how to scale the loss, when to hold gradient reductions back, and how to finish gradients."""
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        holds = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = holds if len(holds) > 1 else holds[0]

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_hybrid.data.indexed import CorpusError, IndexedCorpus, IndexedWriter, bin_path, idx_path, token_dtype
 
 DOCUMENTS = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9], [10, 11]]
 
 
+@pytest.fixture(scope="module")
+def megatron() -> ModuleType:
+    """megatron-core's own reader and builder."""
+    importlib.import_module("megatron_hybrid.substrate")
+    return importlib.import_module("megatron.core.datasets.indexed_dataset")
+
+
 @pytest.mark.parametrize("vocab_size", [100, 65499, 65500, 131072])
-def test_megatron_opens_ours(tmp_path: Path, write_corpus: Callable[..., Path], vocab_size: int) -> None:
+def test_megatron_opens_ours(tmp_path: Path, write_corpus: Callable[..., Path], megatron: ModuleType, vocab_size: int) -> None:
     prefix = write_corpus(tmp_path / "ours", DOCUMENTS, vocab_size)
-    theirs = IndexedDataset(str(prefix))
-    assert theirs.index.dtype == DType.optimal_dtype(vocab_size) == token_dtype(vocab_size)
+    theirs = megatron.IndexedDataset(str(prefix))
+    assert theirs.index.dtype == megatron.DType.optimal_dtype(vocab_size) == token_dtype(vocab_size)
     assert [list(map(int, theirs[i])) for i in range(len(theirs))] == DOCUMENTS
     assert list(theirs.document_indices) == list(range(len(DOCUMENTS) + 1))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
-def test_we_open_megatrons(tmp_path: Path, dtype: type[np.integer]) -> None:
+def test_we_open_megatrons(tmp_path: Path, megatron: ModuleType, dtype: type[np.integer]) -> None:
     prefix = tmp_path / "theirs"
-    builder = IndexedDatasetBuilder(str(bin_path(prefix)), dtype=dtype)
+    builder = megatron.IndexedDatasetBuilder(str(bin_path(prefix)), dtype=dtype)
     for document in DOCUMENTS:
         builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)])
     builder.finalize(str(idx_path(prefix)))
@@ -40,9 +48,9 @@ def test_we_open_megatrons(tmp_path: Path, dtype: type[np.integer]) -> None:
     assert [ours.read(i).tolist() for i in range(ours.num_documents)] == DOCUMENTS
 
 
-def test_files_equal_megatrons_to_the_byte(tmp_path: Path, write_corpus: Callable[..., Path]) -> None:
+def test_files_equal_megatrons_to_the_byte(tmp_path: Path, write_corpus: Callable[..., Path], megatron: ModuleType) -> None:
     prefix, theirs = write_corpus(tmp_path / "ours", DOCUMENTS, 100), tmp_path / "theirs"
-    builder = IndexedDatasetBuilder(str(bin_path(theirs)), dtype=np.uint16)
+    builder = megatron.IndexedDatasetBuilder(str(bin_path(theirs)), dtype=np.uint16)
     for document in DOCUMENTS:
         builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)])
     builder.finalize(str(idx_path(theirs)))
@@ -50,9 +58,9 @@ def test_files_equal_megatrons_to_the_byte(tmp_path: Path, write_corpus: Callabl
     assert idx_path(prefix).read_bytes() == idx_path(theirs).read_bytes()
 
 
-def test_documents_of_several_sequences(tmp_path: Path) -> None:
+def test_documents_of_several_sequences(tmp_path: Path, megatron: ModuleType) -> None:
     prefix = tmp_path / "theirs"
-    builder = IndexedDatasetBuilder(str(bin_path(prefix)))
+    builder = megatron.IndexedDatasetBuilder(str(bin_path(prefix)))
     builder.add_item(torch.tensor([1, 2]))
     builder.add_item(torch.tensor([3]))
     builder.end_document()

@@ -58,7 +58,7 @@ def test_the_published_models_balance_to_a_few_percent(name: str) -> None:
     assert max(costs) * 4 / sum(costs) < 1.05
 
 
-def test_of_equal_plans_the_last_stages_are_the_longest() -> None:
+def test_of_equal_plans_the_later_stages_begin_earliest() -> None:
     model = with_pattern("-" * 14).model_copy(update={"vocab_size": 1})
     assert sizes(plan_stages(model, ParallelConfig(pipeline=4), SEQUENCE_LENGTH)) == [3, 4, 4, 3]
 

@@ -1,0 +1,63 @@
+"""The same run in every layout: bitwise the same initial weights, the same data, and the same losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runs import small_run, write_corpus
+from tests.train.layouts import assemble, train_in_layout
+
+NUM_STEPS = 5
+
+LAYOUTS = {
+    "tp2": {"tensor": 2},
+    "tp2-sp": {"tensor": 2, "sequence_parallel": True},
+    "pp2": {"pipeline": 2},
+    "dp2": {"data": 2},
+    "dp2-plain": {"data": 2, "distributed_optimizer": False},
+    "dp2-overlap": {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    "pp2-vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "pp2-uneven": {"pipeline": 2, "stages": (3, 5)},
+    "full-recompute": {"recompute": "full"},
+    "selective-recompute": {"recompute": "selective"},
+    "plain-optimizer": {"distributed_optimizer": False},
+    "tp4-sp": {"tensor": 4, "sequence_parallel": True},
+    "pp4": {"pipeline": 4},
+    "dp4": {"data": 4},
+    "tp2-pp2-sp-full": {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "recompute": "full"},
+    "tp2-pp2-vpp2-selective": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "recompute": "selective"},
+    "tp2-dp2-sp": {"tensor": 2, "data": 2, "sequence_parallel": True},
+    "pp2-dp2": {"pipeline": 2, "data": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parity")
+    write_corpus(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path, rank_pool):
+    return rank_pool.run(train_in_layout, 1, small_run(folder), NUM_STEPS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_changes_nothing(layout: dict, folder: Path, one_rank, run_ranks) -> None:
+    run = small_run(folder, parallel=layout)
+    world_size = run.parallel.model_ranks * (run.parallel.data or 1)
+    reports = run_ranks(train_in_layout, world_size, run, NUM_STEPS)
+    expected = assemble(one_rank, 1)
+    initial = assemble(reports, run.parallel.tensor)
+    assert initial.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(initial[name], values, err_msg=name)
+    for report in reports:
+        assert report.hashes == one_rank[0].hashes
+        np.testing.assert_allclose(report.losses, one_rank[0].losses, rtol=1e-5)
+        np.testing.assert_allclose(report.grad_norms, one_rank[0].grad_norms, rtol=1e-4)
+
