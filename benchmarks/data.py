@@ -2,8 +2,8 @@
 
     python -m benchmarks.data [--megabytes 20] [--vocab-size 4096]
 
-The text is the running Python's own standard library. Both ways of indexing read the same JSON lines file and use the same tokenizer, in one process, by turns;
-the best of the repetitions counts. Their token files are compared.
+The text is the running Python's own standard library. Both ways of indexing read the same JSON lines file and use the same tokenizer, in
+one process, by turns; the best of the repetitions counts. Their token files are compared.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def measure_indexing(folder: Path, megabytes: int, vocab_size: int, repetitions:
             way(folder / f"corpus{number}.{repetition}")
             best[name] = min(best[name], time.perf_counter() - start)
     prefixes = [folder / f"corpus{number}.0" for number in range(2)]
-    same = bin_path(prefixes[0]).read_bytes() == bin_path(prefixes[1]).read_bytes() and idx_path(prefixes[0]).read_bytes() == idx_path(prefixes[1]).read_bytes()
+    same = (
+        bin_path(prefixes[0]).read_bytes() == bin_path(prefixes[1]).read_bytes()
+        and idx_path(prefixes[0]).read_bytes() == idx_path(prefixes[1]).read_bytes()
+    )
     num_tokens = IndexedCorpus(prefixes[1]).num_tokens
     print(f"tokenise and index {size_bytes / 1e6:.1f} MB, {num_tokens:,} tokens, vocabulary {vocab_size}; files equal: {same}")
     for name, seconds in best.items():
@@ -102,7 +105,9 @@ def measure_loader(prefix: Path, sequence_length: int, seconds: float) -> None:
     for num_workers in (0, 1, 2):
         source = SampleSource("text", IndexedCorpus(prefix), sequence_length, seed=0)
         stream = SampleStream([source, source], Blend([BlendPhase(0, (0.7, 0.3))], 0), sequence_length, 0, reset_at_documents=True)
-        with BatchLoader(stream, position=0, global_batch_size=16, micro_batch_size=4, data_rank=0, data_size=1, num_workers=num_workers) as loader:
+        with BatchLoader(
+            stream, position=0, global_batch_size=16, micro_batch_size=4, data_rank=0, data_size=1, num_workers=num_workers
+        ) as loader:
             next(loader)
             num_steps, start = 0, time.perf_counter()
             while (elapsed := time.perf_counter() - start) < seconds:

@@ -14,8 +14,8 @@ from megatron_hybrid.data.tokenizer import load_tokenizer, tokenizer_kind
 EXAMPLE = """example:
   python -m tools.preprocess_data --input books/ "web/*.jsonl.gz" --tokenizer tokenizer.model --output data/mixed --holdout 0.02 --workers 8
 
-writes data/mixed.bin, .idx and .json (counts, skipped documents) and data/mixed.holdout.*; data/mixed is then a source of a run's configuration.
-An interrupted run continues where it stopped when the same command is given again."""
+writes data/mixed.bin, .idx and .json (counts, skipped documents) and data/mixed.holdout.*; data/mixed is then a source of a run's
+configuration. An interrupted run continues where it stopped when the same command is given again."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,15 +26,26 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs; .jsonl[.gz] by line, others one document per file")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or globs; .jsonl[.gz] by line, others one document per file",
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model, tokenizer.json, or a Hugging Face folder")
     parser.add_argument("--tokenizer-kind", choices=("sentencepiece", "huggingface"), help="default: by the path")
     parser.add_argument("--eod-token", help="token that ends a document; default: the tokenizer's own end token")
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="path prefix of the corpus")
     parser.add_argument("--glob", default="*", metavar="PATTERN", help='file names to take from folders, such as "*.py"')
     parser.add_argument("--field", default=ReadOptions.field, help="JSON field that holds the text (default: %(default)s)")
-    parser.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help="share of documents that go to PREFIX.holdout (default: none)")
-    parser.add_argument("--max-document-mb", type=int, default=ReadOptions.max_document_bytes >> 20, help="longer documents are skipped (default: %(default)s)")
+    parser.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help="share of documents for PREFIX.holdout (default: none)")
+    parser.add_argument(
+        "--max-document-mb",
+        type=int,
+        default=ReadOptions.max_document_bytes >> 20,
+        help="longer documents are skipped (default: %(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s); the result does not depend on it")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made from other inputs or options")
     return parser

@@ -37,7 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs; .jsonl[.gz] by line, others one document per file")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or globs; .jsonl[.gz] by line, others one document per file",
+    )
     parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=32000, help="entries, the 256 bytes included (default: %(default)s)")
     parser.add_argument("--glob", default="*", metavar="PATTERN", help='file names to take from folders, such as "*.py"')

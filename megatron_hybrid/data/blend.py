@@ -1,10 +1,10 @@
 """Deterministic blending by random access: global sample index -> (source, sample of that source), in O(1) time and memory.
 
-A phase shares its samples out in blocks of 1,024. How many of its first ``n`` samples each source gets is a pure function of ``n`` (``share_out``), so a block's contents are the
-difference of two such counts, and their order inside the block is a seeded permutation. Weights are shares of samples; as all samples are equally
-long, they are shares of tokens.
+A phase shares its samples out in blocks of 1,024. How many of its first ``n`` samples each source gets is a pure function of ``n``
+(``share_out``), so a block's contents are the difference of two such counts, and their order inside the block is a seeded permutation.
+Weights are shares of samples; as all samples are equally long, they are shares of tokens.
 
-A source goes on across phases where the phase before left it: it shows every document once before it shows any again, whatever the phases.
+A source goes on across phases where the phase before left it, so that its epochs are whole whatever the phases.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def share_out(num_samples: int, weights: Sequence[Fraction]) -> list[int]:
 
     The counts add up to ``num_samples``, and none ever falls as ``num_samples`` grows. Rounding each cumulative share alone would lack the
     second property: with small weights a later count could be the smaller one. Instead the samples are halved down a binary tree of
-    the sources: a node with ``n`` samples gives ``round(p n)`` to its left, which with ``p`` <= 1 rises by 0 or 1 per sample, and so does the rest.
-    Each count is off its exact share by at most half a sample per level of the tree.
+    the sources: a node with ``n`` samples gives ``round(p n)`` to its left, which with ``p`` <= 1 rises by 0 or 1 per sample, and so does
+        the rest. Each count is off its exact share by at most half a sample per level of the tree.
     """
     if len(weights) == 1:
         return [num_samples]
@@ -89,7 +89,9 @@ class Blend:
         return first + np.bincount(order[:place], minlength=len(first))
 
     def _make_block(self, phase: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (source of each place [block], samples each source used before the block [sources], rank of each place among its source's [block])."""
+        """Return (source of each place [block], samples each source used before the block [sources], rank of each place among its source's
+        [block]).
+        """
         before = np.array(share_out(block * _BLOCK, self._weights[phase]), dtype=np.int64)
         after = np.array(share_out((block + 1) * _BLOCK, self._weights[phase]), dtype=np.int64)
         counts = after - before

@@ -45,7 +45,8 @@ def build_train_stream(config: RunConfig) -> SampleStream:
     """Return the training stream, after checking its corpora.
 
     Raises:
-        ValueError: a corpus is missing, damaged, shorter than a sample, made by another tokenizer than the configuration names, or holds ids that the model has not.
+        ValueError: a corpus is missing, damaged, shorter than a sample, made by another tokenizer than the configuration names, or holds
+            ids that the model has not.
     """
     tokenizer = build_tokenizer(config)
     sources = [_open_source(name, prefix, config, tokenizer) for name, prefix in config.data.sources.items()]
@@ -76,7 +77,9 @@ def build_validation_streams(config: RunConfig) -> dict[str, SampleStream]:
 def describe_blend(stream: SampleStream, num_samples: int) -> str:
     """Return a table of what each phase, and the whole run of ``num_samples``, takes from each source, warning of many repetitions."""
     starts = [phase.start_sample for phase in stream.blend.phases if phase.start_sample < num_samples]
-    stretches = [(f"phase {number}", start, stop) for number, (start, stop) in enumerate(zip(starts, [*starts[1:], num_samples], strict=True))]
+    stretches = [
+        (f"phase {number}", start, stop) for number, (start, stop) in enumerate(zip(starts, [*starts[1:], num_samples], strict=True))
+    ]
     if len(stretches) > 1:
         stretches.append(("run", 0, num_samples))
     width = max(len(source.name) for source in stream.sources)
@@ -85,7 +88,9 @@ def describe_blend(stream: SampleStream, num_samples: int) -> str:
         lines += [_use_line(label, use, width, stream.sequence_length) for use in stream.usage(start, stop)]
     for use in stream.usage(0, num_samples):
         if use.epochs > EPOCH_CAP:
-            lines.append(f"warning: {use.source} is repeated {use.epochs:.1f} times over the run; text loses its worth after about {EPOCH_CAP:.0f}")
+            lines.append(
+                f"warning: {use.source} is repeated {use.epochs:.1f} times over the run; text loses its worth after about {EPOCH_CAP:.0f}"
+            )
     return "\n".join(lines)
 
 
@@ -98,20 +103,27 @@ def _open_source(name: str, prefix: Path, config: RunConfig, tokenizer: Tokenize
     report = load_report(prefix)
     if report is not None and report.tokens != corpus.num_tokens:
         raise CorpusError(
-            f"{prefix}.json reports {report.tokens} tokens but {bin_path(prefix)} holds {corpus.num_tokens}: they belong to different corpora; build it again"
+            f"{prefix}.json reports {report.tokens} tokens but {bin_path(prefix)} holds {corpus.num_tokens}: they belong to different "
+            "corpora; build it again"
         )
     if report is not None and tokenizer is not None and report.tokenizer != tokenizer.fingerprint:
-        raise CorpusError(f"source {name!r} ({prefix}) was made by another tokenizer than data.tokenizer; build it again, or name the tokenizer that made it")
+        raise CorpusError(
+            f"source {name!r} ({prefix}) was made by another tokenizer than data.tokenizer; build it again, or name the tokenizer that "
+            "made it"
+        )
     largest = _scan_largest_token(corpus) if report is None else report.max_token_id
     if largest >= config.model.vocab_size:
         raise CorpusError(
-            f"source {name!r} ({prefix}) holds token id {largest} but model.vocab_size={config.model.vocab_size}; raise it, or use the tokenizer of this model"
+            f"source {name!r} ({prefix}) holds token id {largest} but model.vocab_size={config.model.vocab_size}; raise it, or use the "
+            "tokenizer of this model"
         )
     return SampleSource(name, corpus, config.data.sequence_length, config.seed)
 
 
 def _scan_largest_token(corpus: IndexedCorpus) -> int:
-    """Return the largest id of a corpus without a report, reading all of it once; the finding is kept beside it where the folder is writable."""
+    """Return the largest id of a corpus without a report, reading all of it once; the finding is kept beside it where the folder is
+    writable.
+    """
     kept = corpus.prefix.with_name(corpus.prefix.name + ".scan.json")
     status = bin_path(corpus.prefix).stat()
     identity = {"size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -1,8 +1,8 @@
 """Tokenise and index: documents in, PREFIX.bin, PREFIX.idx and PREFIX.json out.
 
-The inputs are cut into parts by their bytes alone; the parts are built in any order by any number of processes, kept in PREFIX.parts, and put together in order at the end. So
-the result is the same to the byte for every number of workers, and after any number of interruptions. Memory is bounded by the longest document
-per worker; the disk holds the corpus twice while the parts are put together.
+The inputs are cut into parts by their bytes alone; the parts are built in any order by any number of processes, kept in PREFIX.parts, and
+put together in order at the end. So the result is the same to the byte for every number of workers, and after any number of interruptions.
+Memory is bounded by the longest document per worker; the disk holds the corpus twice while the parts are put together.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def prepare_corpus(
     return prepared
 
 
-def _assemble(builder: PartBuilder, num_parts: int, prefix: Path, recipe: dict[str, str | int | float], show_progress: bool) -> PreparedCorpus:
+def _assemble(
+    builder: PartBuilder, num_parts: int, prefix: Path, recipe: dict[str, str | int | float], show_progress: bool
+) -> PreparedCorpus:
     """Put the parts together, the held-out corpus first: the main report says that everything is there."""
     counts = SkipCounts()
     for number in range(num_parts):
@@ -193,7 +195,9 @@ def _settle_recipe(prefix: Path, folder: Path, recipe: dict[str, str | int | flo
 
 def _differences(found: dict[str, str | int | float], recipe: dict[str, str | int | float]) -> str:
     names = [name for name in recipe if found.get(name) != recipe[name]]
-    return ", ".join(f"{name}: {str(found.get(name))[:12]} there, {str(recipe[name])[:12]} now" for name in names) or "none that is recorded"
+    return (
+        ", ".join(f"{name}: {str(found.get(name))[:12]} there, {str(recipe[name])[:12]} now" for name in names) or "none that is recorded"
+    )
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def find_inputs(inputs: Sequence[Path | str], pattern: str = "*") -> list[InputF
     """Return the files that ``inputs`` name, in that order and by path within each, every file once.
 
     Args:
-        inputs: files; folders, read with all below them; or globs such as "books/**/*.txt". Names ending in .jsonl, .ndjson or .json, with or without .gz, are JSON lines, others text.
+        inputs: files; folders, read with all below them; or globs such as "books/**/*.txt". Names ending in .jsonl, .ndjson or .json, with
+            or without .gz, are JSON lines, others text.
         pattern: which file names to take from folders, such as "*.py".
 
     Raises:
@@ -90,7 +91,9 @@ def find_inputs(inputs: Sequence[Path | str], pattern: str = "*") -> list[InputF
         else:
             raise CorpusError(f"input {given} does not exist")
         if not matches:
-            raise CorpusError(f"input {given} holds no file that matches {pattern!r}" if path.is_dir() else f"input {given} matches no file")
+            raise CorpusError(
+                f"input {given} holds no file that matches {pattern!r}" if path.is_dir() else f"input {given} matches no file"
+            )
         found.update(dict.fromkeys(match.resolve() for match in matches))
     return [_describe(path) for path in found]
 

@@ -1,8 +1,8 @@
 """Megatron's indexed corpora: PREFIX.bin holds the token ids of all documents one after another, PREFIX.idx says where each begins.
 
-Layout of the index, little endian: the magic ``MMIDIDX\\0\\0``, version (uint64, 1), dtype code (uint8), number of sequences S (uint64), length of the
-document table D + 1 (uint64); then S sequence lengths in tokens (int32), S byte offsets into PREFIX.bin (int64) and the D + 1 sequence numbers at which
-documents begin and the last one ends (int64). We write one sequence per document and read any number of them.
+Layout of the index, little endian: the magic ``MMIDIDX\\0\\0``, version (uint64, 1), dtype code (uint8), number of sequences S (uint64),
+length of the document table D + 1 (uint64); then S sequence lengths in tokens (int32), S byte offsets into PREFIX.bin (int64) and the
+D + 1 sequence numbers at which documents begin and the last one ends (int64). We write one sequence per document and read any number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -69,8 +69,8 @@ class IndexedCorpus:
         if not np.array_equal(np.diff(bounds), lengths * np.int64(dtype.itemsize)) or bounds[0] != 0:
             expected = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
             raise CorpusError(
-                f"{bin_path(prefix)} holds {data_bytes.size} bytes but {idx_path(prefix)} describes {expected}: one of them is truncated or "
-                "belongs to another corpus; build the corpus again"
+                f"{bin_path(prefix)} holds {data_bytes.size} bytes but {idx_path(prefix)} describes {expected}: one of them is "
+                "truncated or belongs to another corpus; build the corpus again"
             )
         if documents[0] != 0 or documents[-1] != len(lengths) or np.any(np.diff(documents) < 0):
             raise CorpusError(f"{idx_path(prefix)} is damaged: its document table does not cover its sequences; build the corpus again")
@@ -115,8 +115,8 @@ class IndexedCorpus:
 class IndexedWriter:
     """Writes a corpus in bounded memory; a context manager.
 
-    The files appear under their names when the block ends without an error, the index last, so a corpus whose index is there is whole. After an error nothing is left
-    behind. Lengths wait in a file beside the others, not in memory.
+    The files appear under their names when the block ends without an error, the index last, so a corpus whose index is there is whole.
+    After an error nothing is left behind. Lengths wait in a file beside the others, not in memory.
 
     Args:
         prefix: path prefix of the two files; its folder is made if need be.
@@ -226,10 +226,8 @@ def _flush(stream: BinaryIO) -> None:
 
 def _close_quietly(stream: BinaryIO) -> None:
     # On a full disk close() tries the failed flush once more; the first error is the one to report.
-    try:
+    with suppress(OSError):
         stream.close()
-    except OSError:
-        pass
 
 
 def _map(path: Path, prefix: Path) -> np.ndarray:
@@ -241,8 +239,8 @@ def _map(path: Path, prefix: Path) -> np.ndarray:
             return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except FileNotFoundError:
         raise CorpusError(
-            f"{path} does not exist: a corpus is the pair PREFIX.bin and PREFIX.idx with PREFIX={prefix}; check the path, or build the corpus "
-            "with tools.preprocess_data"
+            f"{path} does not exist: a corpus is the pair PREFIX.bin and PREFIX.idx with PREFIX={prefix}; check the path, or build the "
+            "corpus with tools.preprocess_data"
         ) from None
     except OSError as error:
         raise CorpusError(f"cannot read {path}: {error.strerror}") from error
@@ -251,7 +249,9 @@ def _map(path: Path, prefix: Path) -> np.ndarray:
 def _parse_index(content: np.ndarray, path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """Return (token type, sequence lengths, byte offsets, document table) as views into ``content``."""
     if content.size < _HEADER.size:
-        raise CorpusError(f"{path} is truncated: {content.size} bytes are less than the {_HEADER.size} of an index header; build the corpus again")
+        raise CorpusError(
+            f"{path} is truncated: {content.size} bytes are less than the {_HEADER.size} of an index header; build the corpus again"
+        )
     magic, version, code, num_sequences, num_bounds = _HEADER.unpack(content[: _HEADER.size].tobytes())
     if magic != _MAGIC:
         raise CorpusError(f"{path} is no Megatron index: it begins with {magic!r}, expected {_MAGIC!r}")

@@ -47,20 +47,18 @@ class StepBatch:
     def partial_hash(self) -> int:
         """This data-parallel rank's share of the step's batch hash, as an int64.
 
-        Over the data-parallel group: all-reduce by sum as int64, then ``hashing.combine_hashes([sum])``. The result names the step's samples and tokens, whatever
-        the layout and the micro batch size.
+        Over the data-parallel group: all-reduce by sum as int64, then ``hashing.combine_hashes([sum])``. The result names the step's
+        samples and tokens, whatever the layout and the micro batch size.
         """
         total = sum(micro_batch.partial_hash for micro_batch in self.micro_batches) & ((1 << 64) - 1)
         return total - (1 << 64) if total >> 63 else total
 
 
-def micro_batch_indices(
-    position: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
-) -> list[range]:
+def micro_batch_indices(position: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int) -> list[range]:
     """Return the global sample indices of each micro-batch of one rank in the step that begins at ``position``.
 
-    Micro-batch ``j`` of rank ``r`` of ``d`` takes the ``m`` samples from ``position + (j d + r) m``. All ranks together take ``position`` to
-    ``position + global_batch_size`` (excluded), each sample once, in every layout.
+    Micro-batch ``j`` of rank ``r`` of ``d`` takes the ``m`` samples from ``position + (j d + r) m``. All ranks together take ``position``
+    to ``position + global_batch_size`` (excluded), each sample once, in every layout.
 
     Raises:
         ValueError: the global batch does not divide by micro batch x ranks.
@@ -68,7 +66,8 @@ def micro_batch_indices(
     per_pass = micro_batch_size * data_size
     if global_batch_size % per_pass:
         raise ValueError(
-            f"global_batch_size={global_batch_size} does not divide by micro_batch_size={micro_batch_size} x {data_size} data-parallel ranks; change one of them"
+            f"global_batch_size={global_batch_size} does not divide by micro_batch_size={micro_batch_size} x {data_size} data-parallel "
+            "ranks; change one of them"
         )
     firsts = range(position + data_rank * micro_batch_size, position + global_batch_size, per_pass)
     return [range(first, first + micro_batch_size) for first in firsts]
@@ -135,7 +134,9 @@ class BatchLoader:
             return StepBatch(position, tuple(self._read(indices) for indices in micro_batch_indices(position, *self._split)))
         while len(self._ahead) < _STEPS_AHEAD and not self._at_end():
             position = self._advance()
-            self._ahead.append((position, [self._threads.submit(self._read, indices) for indices in micro_batch_indices(position, *self._split)]))
+            self._ahead.append(
+                (position, [self._threads.submit(self._read, indices) for indices in micro_batch_indices(position, *self._split)])
+            )
         if not self._ahead:
             raise StopIteration
         position, futures = self._ahead.popleft()

@@ -1,6 +1,7 @@
 """Building the parts of a corpus: one part in one process, or many over a pool of processes.
 
-A part is a small corpus of its own plus a JSON file of counts, written last: where that file is, the part is finished and never built again.
+A part is a small corpus of its own plus a JSON file of counts, written last: where that file is, the part is finished and never built
+    again.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ class _Epoch:
 class SampleSource:
     """Samples of ``sequence_length`` tokens from the documents of a corpus, shuffled anew for every epoch.
 
-    Sample ``i`` is sample ``k = i mod S`` of epoch ``i div S``, with ``S = (tokens - 1) div sequence_length`` samples per epoch: tokens ``k L`` to ``k L + L`` (included: the last
-    one is only a label) of the epoch's documents one after another. The fewer than L + 1 tokens that remain at the end of an epoch are not seen in it; with another order of documents, they
-    are others in the next.
+    Sample ``i`` is sample ``k = i mod S`` of epoch ``i div S``, with ``S = (tokens - 1) div sequence_length`` samples per epoch: of the
+    epoch's documents, one after another, the tokens ``k L`` to ``k L + L`` (included: the last one is only a label). What remains at the
+    end of an epoch, less than a sample, is not seen in it; in the next, with another order of documents, it is other text.
 
     Memory: 16 bytes per document for each of two cached epochs, built when first asked for.
 
@@ -43,8 +43,8 @@ class SampleSource:
     def __init__(self, name: str, corpus: IndexedCorpus, sequence_length: int, seed: int) -> None:
         if corpus.num_tokens <= sequence_length:
             raise CorpusError(
-                f"source {name!r} ({corpus.prefix}) has {corpus.num_tokens} tokens, but one sample takes sequence_length + 1 = {sequence_length + 1}; "
-                "give it more text or lower data.sequence_length"
+                f"source {name!r} ({corpus.prefix}) has {corpus.num_tokens} tokens, but one sample takes "
+                f"sequence_length + 1 = {sequence_length + 1}; give it more text or lower data.sequence_length"
             )
         self.name = name
         self.corpus = corpus
@@ -55,7 +55,7 @@ class SampleSource:
         self._lock = threading.Lock()
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ``sequence_length + 1`` tokens of a sample (int64) and the places in it at which documents begin (int64, 0 left out)."""
+        """Return the L + 1 tokens of a sample and the places in it, 0 left out, at which documents begin (both int64)."""
         number, place = divmod(index, self.samples_per_epoch)
         epoch = self._epoch(number)
         start = place * self._sequence_length
@@ -77,7 +77,9 @@ class SampleSource:
         return tokens, boundaries
 
     def digest(self) -> str:
-        """Return a hash of the corpus's size, of its document lengths and of spans of tokens spread over it; it tells corpora apart without reading them whole."""
+        """Return a hash of the corpus's size, of its document lengths and of spans of tokens spread over it; it tells corpora apart without
+        reading them whole.
+        """
         corpus = self.corpus
         summary = hashlib.sha256(f"{corpus.dtype} {corpus.num_tokens} {corpus.num_documents}".encode())
         for array in (corpus.tokens, corpus.document_starts):

@@ -1,6 +1,7 @@
 """The sample stream of a run: global sample index -> training sample, the same in every layout.
 
-The position in the data is that one index. The stream holds no state, so resuming is going on with the next index, under any number of ranks and any batch size.
+The position in the data is that one index. The stream holds no state, so resuming is going on with the next index, under any number of
+ranks and any batch size.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class SourceUse:
 class SampleStream:
     """Random access to the samples of a run; safe to read from several threads.
 
-    With ``reset_at_documents``, segment ids count the documents inside a sample, and a label that is the first token of another document has weight 0 (no
-    input of its own document predicts it). Without, documents run into one another and every label counts, as is Megatron's default.
+    With ``reset_at_documents``, segment ids count the documents inside a sample, and a label that is the first token of another document
+    has weight 0 (no input of its own document predicts it). Without, documents run into one another and every label counts, as is
+    Megatron's default.
 
     Args:
         sources: in the order of the blend's weights.
@@ -92,7 +94,8 @@ class SampleStream:
             "reset_at_documents": self._reset_at_documents,
             "sources": {source.name: source.digest() for source in self.sources},
             "phases": [
-                {"start_sample": phase.start_sample, "blend": dict(zip(names, map(float, phase.weights), strict=True))} for phase in self.blend.phases
+                {"start_sample": phase.start_sample, "blend": dict(zip(names, map(float, phase.weights), strict=True))}
+                for phase in self.blend.phases
             ],
         }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -80,7 +81,11 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text, int32 [tokens]. Where the model allows it (``word_pattern``), word by word through a table."""
+        """Return the ids of each text, int32 [tokens].
+
+        Where the model allows it (``word_pattern``), word by word through a table: about twice as fast on natural text and code, and slower
+        only on text whose words hardly ever repeat.
+        """
         if self._words is None:
             return [np.array(self._processor.encode(text), dtype=np.int32) for text in texts]
         words, table = self._words, self._encoded_words
@@ -196,7 +201,7 @@ class _WordTable(dict[str, bytes]):
         self._encode = processor.encode
 
     def __missing__(self, word: str) -> bytes:
-        ids = np.array(self._encode(word), dtype=np.int32).tobytes()
+        ids = array("i", self._encode(word)).tobytes()
         if len(word) <= _CACHED_WORD_LENGTH:
             self[word] = ids
         return ids
@@ -216,7 +221,9 @@ def _find_eod(tokens: dict[str, int], eod_token: str | None) -> int:
     for candidate in candidates:
         if candidate in tokens:
             return tokens[candidate]
-    raise ValueError(f"none of its tokens is {' or '.join(candidates)}, to end documents with; name one that it has as the end-of-document token")
+    raise ValueError(
+        f"none of its tokens is {' or '.join(candidates)}, to end documents with; name one that it has as the end-of-document token"
+    )
 
 
 def _eod_beside(definition: Path) -> str | None:
@@ -233,7 +240,9 @@ def _read_folder(folder: Path) -> tuple[str, str | None]:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise ValueError("reading a tokenizer folder needs transformers, which is not installed; install it or name the tokenizer.json") from None
+        raise ValueError(
+            "reading a tokenizer folder needs transformers, which is not installed; install it or name the tokenizer.json"
+        ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, KeyError, ValueError) as error:

@@ -14,8 +14,8 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, *, max_bytes:
     """Train a BPE model with byte fallback and return the content of its .model file. The same documents give the same bytes.
 
     No normalisation, no leading space, all white space kept: decoding an encoded text returns it, whatever it holds. The one exception is
-    U+2581, which is sentencepiece's own sign for a space and comes back as one. Digits stay apart. Id 0 is the unknown token (never used, thanks to the bytes)
-    and id 1 is ``eod_token``, a control token that no text produces.
+    U+2581, which is sentencepiece's own sign for a space and comes back as one. Digits stay apart. Id 0 is the unknown token (never used,
+    thanks to the bytes) and id 1 is ``eod_token``, a control token that no text produces.
 
     Args:
         documents: text to learn from; reading stops after ``max_bytes`` of UTF-8.

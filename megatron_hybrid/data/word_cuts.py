@@ -1,7 +1,7 @@
 """Where text can be cut so that encoding the pieces equals encoding the whole, read off a sentencepiece BPE vocabulary.
 
-BPE only ever merges two neighbouring symbols into one that is in the vocabulary. A merge across a place between characters ``a`` and ``b`` would make a
-symbol with ``ab`` inside, so where no vocabulary entry contains ``ab``, nothing merges across, and the two sides are encoded
+BPE only ever merges two neighbouring symbols into one that is in the vocabulary. A merge across a place between characters ``a`` and ``b``
+would make a symbol with ``ab`` inside, so where no vocabulary entry contains ``ab``, nothing merges across, and the two sides are encoded
 independently. Words found that way repeat, and a table of their encodings is faster than the merges.
 """
 
@@ -19,8 +19,8 @@ _CLASSES["other"] = "^" + "".join(_CLASSES.values())
 def word_pattern(model_proto: bytes) -> re.Pattern[str] | None:
     """Return a pattern whose successive matches cover any text and are encoded independently by the model.
 
-    None where the argument above does not hold: another algorithm than BPE, a normaliser that rewrites text or adds a leading space, or no byte
-    fallback (neighbouring unknown characters then share one token).
+    None where the argument above does not hold: another algorithm than BPE, a normaliser that rewrites text or adds a leading space, or no
+        byte fallback (neighbouring unknown characters then share one token).
     """
     model = model_pb2.ModelProto.FromString(model_proto)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec

@@ -123,7 +123,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_ND, labels_N, weights_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), token_weights.reshape(-1).to(wide)
         valid_VD = weight_VD[:num_valid]
-        valid_DV = valid_VD.t().contiguous() if wants_gradients else None
         losses_N = torch.empty(labels_N.shape, dtype=wide, device=hidden.device)
         dhidden_ND = torch.zeros_like(hidden_ND) if wants_gradients else None
         dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=hidden.device) if wants_gradients else None
@@ -140,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient = exponentials.mul_((weights_N[rows] / total)[:, None])
                 gradient.scatter_add_(-1, row[:, None], torch.where(owned, -weights_N[rows], 0)[:, None])
                 gradient = gradient.to(hidden.dtype)
-                dhidden_ND[rows] = matmul_nt(gradient, valid_DV)
+                dhidden_ND[rows] = matmul_nt(gradient, valid_VD.t())
                 dweight_VD[:num_valid] += weight_gradient(gradient, hidden_ND[rows])
         if wants_gradients:
             ctx.save_for_backward(dhidden_ND.view(hidden.shape), dweight_VD.to(weight_VD.dtype))

@@ -32,7 +32,9 @@ def check_groups(num_channels: int, num_groups: int) -> None:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`rms_norm_reference` as one autograd function: keeps its input and one number per row. Inputs whose rows do not stack densely are copied."""
+    """`rms_norm_reference` as one autograd function: keeps its input and one number per row."""
+    if _sequence_first(x):
+        return _RMSNorm.apply(x.transpose(0, 1), weight_D, eps).transpose(0, 1)
     return _RMSNorm.apply(x, weight_D, eps)
 
 
@@ -60,6 +62,8 @@ class _RMSNorm(torch.autograd.Function):
 def gated_rms_norm(y: Tensor, gate: Tensor, weight_D: Tensor, num_groups: int, eps: float) -> Tensor:
     """`gated_rms_norm_reference` as one autograd function: keeps y, gate and one number per row and group."""
     check_groups(y.shape[-1], num_groups)
+    if _sequence_first(y):
+        return _GatedRMSNorm.apply(y.transpose(0, 1), gate.transpose(0, 1), weight_D, num_groups, eps).transpose(0, 1)
     return _GatedRMSNorm.apply(y, gate, weight_D, num_groups, eps)
 
 
@@ -89,6 +93,11 @@ class _GatedRMSNorm(torch.autograd.Function):
         dy_ND = silu_ND.mul_(dgated_ND)
         dgate_ND = torch.ops.aten.silu_backward(dgated_ND.mul_(y_ND), gate_ND)
         return dy_ND.to(y.dtype).view(y.shape), dgate_ND.to(gate.dtype).view(gate.shape), dweight_D.to(weight_D.dtype), None, None
+
+
+def _sequence_first(x: Tensor) -> bool:
+    """Whether x [B, L, D] is a transposed view of an [L, B, D] tensor, which stacks into rows without a copy only when transposed back."""
+    return x.dim() == 3 and x.stride(0) < x.stride(1)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,18 +1,26 @@
-"""Warnings of megatron-core and torch that every run would print and that ask nothing of its user."""
+"""Messages of megatron-core and torch that every run would print and that ask nothing of its user."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 
-_MESSAGES = (
+_WARNINGS = (
     # megatron-core without Transformer Engine: its torch fallbacks are what a CPU host is meant to use.
     r"Transformer Engine and Apex are not installed\. Falling back to .*",
     # Names that megatron-core 0.16.1 calls and torch 2.13 has newer ones for.
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated.*",
 )
+# A CUDA build of torch on a host without GPUs.
+_CUDA_BUILD_LOGGER, _CUDA_BUILD_MESSAGE = "torch.utils.cpp_extension", "No CUDA runtime is found"
 
 
 def silence_known_warnings() -> None:
     """Hide exactly the messages above. Commands call this first, before megatron-core is imported."""
-    for message in _MESSAGES:
+    for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger(_CUDA_BUILD_LOGGER).addFilter(_is_worth_saying)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_CUDA_BUILD_MESSAGE)

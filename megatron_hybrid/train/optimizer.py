@@ -13,10 +13,10 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.train.mended_optimizers import mend
 
 
 def wrap_data_parallel(chunks: list[MegatronModule], run: RunConfig, config: TransformerConfig) -> list[DistributedDataParallel]:
@@ -30,7 +30,6 @@ def wrap_data_parallel(chunks: list[MegatronModule], run: RunConfig, config: Tra
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        check_for_nan_in_grad=True,
     )
     # Only the first chunk's buckets overlap well with backward: later chunks finish first (megatron-core's own rule).
     return [
@@ -61,9 +60,10 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=get_standard_config_overrides(config))
-    if USING_PYTORCH_OPTIMIZER:
-        for part in optimizer.chained_optimizers:
-            _adapt_to_torch_adamw(part)
+    for part in optimizer.chained_optimizers:
+        mend(part)
+        if USING_PYTORCH_OPTIMIZER:
+            _allocate_state(part.optimizer)
     return optimizer
 
 
@@ -73,35 +73,12 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-class TorchAdamWDistributedOptimizer(DistributedOptimizer):
-    """megatron-core's distributed optimizer over torch's AdamW, whose per-parameter ``step`` tensors 0.16.1 mishandles on load.
-
-    It looks for ``step`` among the loaded moments, where its own checkpoints do not put it, and then gives one shared tensor to every parameter, so that each update would advance it
-    once per parameter and the bias correction would be wrong without an error.
-    """
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        current = self._get_main_param_and_optimizer_states(model_param)
-        super()._set_main_param_and_optimizer_states(model_param, {"step": current["step"], **tensors})
-
-
-def _adapt_to_torch_adamw(part: MegatronOptimizer) -> None:
-    """Give the optimizer its whole state now, and the fused update.
-
-    With the state there from the start, a checkpoint looks the same before and after the first step, and loading needs no special case.
-    """
-    if isinstance(part, DistributedOptimizer):
-        # get_megatron_optimizer names the class itself and takes no other.
-        part.__class__ = TorchAdamWDistributedOptimizer
-    for group in part.optimizer.param_groups:
+def _allocate_state(adamw: torch.optim.AdamW) -> None:
+    """Choose AdamW's fused update, and give it its whole state now, so that a checkpoint looks the same before and after the first step."""
+    for group in adamw.param_groups:
         group["fused"] = True
         for parameter in group["params"]:
-            part.optimizer.state[parameter] = {
+            adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),

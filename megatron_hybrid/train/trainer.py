@@ -27,8 +27,8 @@ from megatron_hybrid.train.callback import Callback
 from megatron_hybrid.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedule import check_schedule, learning_rate
-from megatron_hybrid.train.step import train_step
-from megatron_hybrid.train.task import Task
+from megatron_hybrid.train.step import NonFiniteError, StepResult, train_step
+from megatron_hybrid.train.task import StepData, Task
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Trainer:
                     break
                 step_data = next(data)
                 rate = self._set_learning_rate(step_data.num_samples)
-                result = train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate)
+                result = self._step(step_data)
                 self.state.step += 1
                 self.state.samples += step_data.num_samples
                 self._notify("after_step", progress.record(self.state, result, rate))
@@ -113,8 +113,8 @@ class Trainer:
         _log.info("resumed from %s at step %d", newest, self.state.step)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, once."""
-        if self.saved_step == self.state.step:
+        """Write a checkpoint of the present step, once; before the first step there is nothing that the seed does not give."""
+        if self.state.step in (0, self.saved_step):
             return
         header = {
             "state": asdict(self.state),
@@ -124,6 +124,13 @@ class Trainer:
         }
         self.store.save(self.state.step, self._sharded_state(is_loading=False), header)
         self.saved_step = self.state.step
+
+    def _step(self, step_data: StepData) -> StepResult:
+        try:
+            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate)
+        except NonFiniteError as error:
+            last = "there is no checkpoint yet" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
+            raise NonFiniteError(f"step {self.state.step + 1}, samples from {self.state.samples}: {error}; {last}") from None
 
     def _should_leave(self, num_steps: int) -> bool:
         """Asked to by a signal to any rank, or after as many steps as this process was given."""

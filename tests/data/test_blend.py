@@ -29,9 +29,9 @@ def test_shares_add_up_never_fall_and_stay_close(weights: tuple[float, ...]) -> 
 
 def test_shares_are_exact_far_out() -> None:
     weights = [Fraction(weight) for weight in (0.3, 0.3, 0.4)]
-    counts = share_out(10**15, weights)
-    assert sum(counts) == 10**15
-    assert all(abs(count - 10**15 * weight / sum(weights)) <= 1 for count, weight in zip(counts, weights, strict=True))
+    counts = share_out(10**18, weights)
+    assert sum(counts) == 10**18
+    assert all(abs(count - 10**18 * weight / sum(weights)) <= 1 for count, weight in zip(counts, weights, strict=True))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -85,5 +85,10 @@ def test_batch_hash_ignores_order_and_sees_everything_else() -> None:
     assert 0 <= whole < 2**63
     parts = [int(part.sum(dtype=np.uint64)) for part in (hashes[[5, 0]], hashes[[3]], hashes[[1, 4, 2]])]
     assert combine_hashes(parts) == whole
-    for changed_indices, changed in [(indices + 1, tokens), (indices, tokens[:, ::-1]), (indices, tokens[::-1]), (indices, tokens + np.eye(6, 32, dtype=int))]:
+    for changed_indices, changed in [
+        (indices + 1, tokens),
+        (indices, tokens[:, ::-1]),
+        (indices, tokens[::-1]),
+        (indices, tokens + np.eye(6, 32, dtype=int)),
+    ]:
         assert combine_hashes(sample_hashes(changed_indices, changed).tolist()) != whole

@@ -27,13 +27,23 @@ def corpora(tmp_path: Path, write_corpus: WriteCorpus) -> dict[str, Path]:
 
 
 def test_phases_switch_at_their_tokens(corpora: dict[str, Path], make_config: MakeConfig) -> None:
-    phases = [{"blend": {"web": 1}}, {"start": "60%", "blend": {"code": 1}}, {"start": "80%", "blend": {"web": 1}}, {"start": "-160", "blend": {"code": 1}}]
+    phases = [
+        {"blend": {"web": 1}},
+        {"start": "60%", "blend": {"code": 1}},
+        {"start": "80%", "blend": {"web": 1}},
+        {"start": "-160", "blend": {"code": 1}},
+    ]
     config = make_config({"sources": corpora, "phases": phases})
     assert config.total_tokens == 6400
     stream = build_train_stream(config)
     assert [phase.start_sample for phase in stream.blend.phases] == [0, 240, 320, 390]
     drawn = [int(stream[index]["tokens"][0]) for index in range(400)]
     assert drawn == [10] * 240 + [20] * 80 + [10] * 70 + [20] * 10
+
+
+def test_phase_inside_a_sample_begins_with_the_next(corpora: dict[str, Path], make_config: MakeConfig) -> None:
+    stream = build_train_stream(make_config({"sources": corpora, "phases": [{}, {"start": 1601}]}))
+    assert stream.blend.phases[1].start_sample == 101
 
 
 def test_empty_blend_goes_by_size(corpora: dict[str, Path], make_config: MakeConfig) -> None:
@@ -56,7 +66,9 @@ def test_validation_streams_by_source(corpora: dict[str, Path], make_config: Mak
 
 
 @pytest.mark.parametrize("validation", [False, True])
-def test_bad_corpora_are_refused(corpora: dict[str, Path], make_config: MakeConfig, write_corpus: WriteCorpus, tmp_path: Path, validation: bool) -> None:
+def test_bad_corpora_are_refused(
+    corpora: dict[str, Path], make_config: MakeConfig, write_corpus: WriteCorpus, tmp_path: Path, validation: bool
+) -> None:
     def refuse(prefix: Path, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             if validation:
@@ -85,7 +97,12 @@ def test_scan_is_kept_until_the_corpus_changes(make_config: MakeConfig, write_co
 
 
 def test_prepared_corpus_and_its_tokenizer(
-    tmp_path: Path, make_config: MakeConfig, code_files: list[Path], tokenizer: SentencePieceTokenizer, model_proto: bytes, huggingface_definition: str
+    tmp_path: Path,
+    make_config: MakeConfig,
+    code_files: list[Path],
+    tokenizer: SentencePieceTokenizer,
+    model_proto: bytes,
+    huggingface_definition: str,
 ) -> None:
     model, other = tmp_path / "t.model", tmp_path / "tokenizer.json"
     model.write_bytes(model_proto)

@@ -63,7 +63,9 @@ def test_holds_every_document_in_order_with_its_end(tmp_path: Path, inputs: list
         assert tokenizer.decode(ids[:-1]) == text
     report = load_report(prefix)
     assert report == prepared.report and report is not None
-    assert report.tokens == corpus.num_tokens and report.max_token_id == int(corpus.tokens.max()) < report.vocab_size == tokenizer.vocab_size
+    assert (
+        report.tokens == corpus.num_tokens and report.max_token_id == int(corpus.tokens.max()) < report.vocab_size == tokenizer.vocab_size
+    )
     bad_lines = {"invalid JSON": 1, "blank line": 1, "no field 'text'": 1}
     assert {reason: count for reason, count in report.skipped.items() if reason != "empty"} == bad_lines
     assert "lines.jsonl" in report.examples["invalid JSON"][0]
@@ -106,7 +108,7 @@ def test_interrupted_anywhere_it_continues_to_the_same_bytes(
     assert contents(tmp_path / "c") == finished
 
 
-def test_damaged_part_is_built_again(
+def test_damaged_or_uncommitted_part_is_built_again(
     tmp_path: Path, inputs: list[Path], tokenizer: SentencePieceTokenizer, finished: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -115,6 +117,7 @@ def test_damaged_part_is_built_again(
             prepare_corpus(inputs, tokenizer, tmp_path / "c", holdout=0.1, part_size_bytes=PART_SIZE, show_progress=False)
     part = tmp_path / "c.parts" / "000001.main.bin"
     part.write_bytes(part.read_bytes()[:-10])
+    (tmp_path / "c.parts" / "000002.json").unlink()
     prepare_corpus(inputs, tokenizer, tmp_path / "c", holdout=0.1, part_size_bytes=PART_SIZE, show_progress=False)
     assert contents(tmp_path / "c") == finished
 
@@ -157,7 +160,11 @@ def test_a_second_run_reuses_what_is_there(tmp_path: Path, inputs: list[Path], t
 
 
 def test_other_inputs_or_options_are_never_mixed_in(
-    tmp_path: Path, inputs: list[Path], tokenizer: SentencePieceTokenizer, huggingface_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    inputs: list[Path],
+    tokenizer: SentencePieceTokenizer,
+    huggingface_tokenizer: SentencePieceTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prefix = tmp_path / "c"
     with monkeypatch.context() as patch:
@@ -177,7 +184,9 @@ def test_other_inputs_or_options_are_never_mixed_in(
     assert replaced.report.documents == IndexedCorpus(prefix).num_documents == 500
 
 
-def test_a_run_beside_another_is_refused(tmp_path: Path, inputs: list[Path], tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_beside_another_is_refused(
+    tmp_path: Path, inputs: list[Path], tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def second_run(builder: PartBuilder, number: int, slices: tuple[object, ...]) -> None:
         with pytest.raises(CorpusError, match=r"c\.parts is in use by another run"):
             prepare_corpus(inputs, tokenizer, tmp_path / "c", show_progress=False)
@@ -256,7 +265,9 @@ def test_dead_worker_is_one_clear_error(tmp_path: Path, inputs: list[Path], toke
 def test_worker_errors_come_through(tmp_path: Path, inputs: list[Path], tokenizer: SentencePieceTokenizer) -> None:
     (tmp_path / "bad.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(CorpusError, match=r"bad\.jsonl\.gz is a damaged"):
-        prepare_corpus([*inputs, tmp_path / "bad.jsonl.gz"], tokenizer, tmp_path / "c", num_workers=2, part_size_bytes=PART_SIZE, show_progress=False)
+        prepare_corpus(
+            [*inputs, tmp_path / "bad.jsonl.gz"], tokenizer, tmp_path / "c", num_workers=2, part_size_bytes=PART_SIZE, show_progress=False
+        )
 
 
 class _DyingTokenizer:

@@ -13,7 +13,9 @@ from megatron_hybrid.data.documents import Document, ReadOptions, Skipped, find_
 from megatron_hybrid.data.indexed import CorpusError
 
 
-def read_all(inputs: list[Path | str], part_size_bytes: int = 1 << 20, pattern: str = "*", options: ReadOptions = ReadOptions()) -> list[Document | Skipped]:
+def read_all(
+    inputs: list[Path | str], part_size_bytes: int = 1 << 20, pattern: str = "*", options: ReadOptions = ReadOptions()
+) -> list[Document | Skipped]:
     parts = plan_parts(find_inputs(inputs, pattern), part_size_bytes)
     return [item for part in parts for piece in part for item in read_documents(piece, options)]
 
@@ -52,7 +54,18 @@ def test_forms_of_input(tmp_path: Path) -> None:
 
 
 def test_bad_documents_are_told_apart(tmp_path: Path) -> None:
-    lines = [b'{"text": "good"}', b"{", b"[1]", b'{"body": "x"}', b'{"text": 5}', b'{"text": ""}', b'{"text": " \\n"}', b"", b'{"text": "\xff"}', b'{"text": "\\ud800"}']
+    lines = [
+        b'{"text": "good"}',
+        b"{",
+        b"[1]",
+        b'{"body": "x"}',
+        b'{"text": 5}',
+        b'{"text": ""}',
+        b'{"text": " \\n"}',
+        b"",
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+    ]
     lines += [b'{"text": "' + b"y" * 100 + b'"}', b'{"text": "' + b"z" * 10_000 + b'"}', b"[" * 100_000, b'{"text": "also good"}']
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "empty.txt").write_bytes(b"")

@@ -23,12 +23,17 @@ LENGTH = 16
 
 @pytest.fixture
 def stream(tmp_path: Path, write_corpus: Callable[..., Path]) -> SampleStream:
-    corpora = {name: IndexedCorpus(write_corpus(tmp_path / name, np.random.default_rng(seed).integers(0, 1000, (20, 37)).tolist())) for seed, name in enumerate("ab")}
+    corpora = {
+        name: IndexedCorpus(write_corpus(tmp_path / name, np.random.default_rng(seed).integers(0, 1000, (20, 37)).tolist()))
+        for seed, name in enumerate("ab")
+    }
     sources = [SampleSource(name, corpus, LENGTH, seed=0) for name, corpus in corpora.items()]
     return SampleStream(sources, Blend([BlendPhase(0, (0.7, 0.3))], 0), LENGTH, 0, reset_at_documents=True)
 
 
-def run_steps(stream: SampleStream, num_steps: int, global_batch: int, micro_batch: int, data_size: int, position: int = 0, num_workers: int = 2) -> list[list[StepBatch]]:
+def run_steps(
+    stream: SampleStream, num_steps: int, global_batch: int, micro_batch: int, data_size: int, position: int = 0, num_workers: int = 2
+) -> list[list[StepBatch]]:
     """Steps by data-parallel rank."""
     ranks = []
     for rank in range(data_size):
@@ -71,7 +76,12 @@ def test_every_layout_reads_the_same_step(stream: SampleStream, micro_batch: int
 
 def test_resume_under_another_batch_size_goes_on_with_the_next_sample(stream: SampleStream) -> None:
     seen = [batch.indices.tolist() for step in run_steps(stream, 2, 12, 1, 1)[0] for batch in step.micro_batches]
-    seen += [batch.indices.tolist() for steps in zip(*run_steps(stream, 2, 8, 2, 2, position=24), strict=True) for step in steps for batch in step.micro_batches]
+    seen += [
+        batch.indices.tolist()
+        for steps in zip(*run_steps(stream, 2, 8, 2, 2, position=24), strict=True)
+        for step in steps
+        for batch in step.micro_batches
+    ]
     assert sorted(index for indices in seen for index in indices) == list(range(40))
 
 
@@ -93,7 +103,7 @@ def test_batch_that_does_not_divide_is_refused() -> None:
 
 
 class _FailingStream:
-    """Fails at one index; slow enough that the failure happens while reading ahead."""
+    """Fails at one index."""
 
     def __init__(self, stream: SampleStream, bad: int) -> None:
         self._stream, self._bad = stream, bad
@@ -122,3 +132,22 @@ def test_threads_end_with_the_loader(stream: SampleStream) -> None:
     start = time.monotonic()
     loader.close()
     assert threading.active_count() == before and time.monotonic() - start < 5
+
+
+def test_closing_waits_for_no_more_than_the_reading_in_progress(stream: SampleStream) -> None:
+    loader = BatchLoader(_SlowStream(stream), position=0, global_batch_size=32, micro_batch_size=1, data_rank=0, data_size=1, num_workers=4)
+    next(loader)
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 1.2, "32 samples wait in the queue, 4 at a time, 0.2 s each"
+
+
+class _SlowStream:
+    """Takes its time over every sample."""
+
+    def __init__(self, stream: SampleStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, index: int) -> Sample:
+        time.sleep(0.2)
+        return self._stream[index]

@@ -65,7 +65,12 @@ def test_labels_follow_tokens(source: SampleSource) -> None:
     stream = stream_of(source)
     for index in range(100):
         sample = stream[index]
-        assert [sample[key].dtype.name for key in ("tokens", "labels", "loss_mask", "segment_ids")] == ["int64", "int64", "float32", "int32"]
+        assert [sample[key].dtype.name for key in ("tokens", "labels", "loss_mask", "segment_ids")] == [
+            "int64",
+            "int64",
+            "float32",
+            "int32",
+        ]
         assert all(array.shape == (LENGTH,) for array in sample.values())
         assert (sample["tokens"][1:] == sample["labels"][:-1]).all()
         assert sample["loss_mask"].all() and not sample["segment_ids"].any()
@@ -92,7 +97,8 @@ def test_reset_needs_no_end_tokens(tmp_path: Path, write_corpus: Callable[..., P
 
 def test_stream_follows_the_blend(tmp_path: Path, write_corpus: Callable[..., Path]) -> None:
     sources = [
-        SampleSource(name, IndexedCorpus(write_corpus(tmp_path / name, [[token] * 400])), LENGTH, seed=0) for name, token in (("a", 10), ("b", 20))
+        SampleSource(name, IndexedCorpus(write_corpus(tmp_path / name, [[token] * 400])), LENGTH, seed=0)
+        for name, token in (("a", 10), ("b", 20))
     ]
     stream = stream_of(*sources, phases=[BlendPhase(0, (3.0, 1.0)), BlendPhase(1024, (0.0, 1.0))])
     drawn = [int(stream[index]["tokens"][0]) for index in range(2048)]
@@ -117,7 +123,9 @@ def test_fingerprint_survives_json_and_moved_files(source: SampleSource, tmp_pat
     require_same_data(saved, stream_of(moved).fingerprint())
 
 
-def test_another_stream_is_refused_and_the_difference_named(source: SampleSource, tmp_path: Path, write_corpus: Callable[..., Path]) -> None:
+def test_another_stream_is_refused_and_the_difference_named(
+    source: SampleSource, tmp_path: Path, write_corpus: Callable[..., Path]
+) -> None:
     saved = stream_of(source).fingerprint()
     documents = random_documents(50)
     documents[20] = [EOD, *documents[20][:-1]]

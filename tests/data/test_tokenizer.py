@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_hybrid.data.tokenizer import Detokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer, tokenizer_kind
+from megatron_hybrid.data.tokenizer import (
+    Detokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_kind,
+)
 from megatron_hybrid.data.tokenizer_training import train_sentencepiece
 from megatron_hybrid.data.word_cuts import word_pattern
 
@@ -20,7 +27,8 @@ HARD_TEXTS = [
     "\n\n\n",
     "  leading, trailing  \n",
     "\tif x:\r\n\t\treturn 12345  # tabs\r\n",
-    "na\u00efve \U0001f600\U0001f1e9\U0001f1ea e\u0301 \u6f22\u5b57\u304b\u306a \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u05e2\u05d1\u05e8\u05d9\u05ea",
+    "na\u00efve \U0001f600\U0001f1e9\U0001f1ea e\u0301 \u6f22\u5b57\u304b\u306a",
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u05e2\u05d1\u05e8\u05d9\u05ea",
     "<|eod|></s><unk><0x0A><|endoftext|>",
     "nul \x00 bell \x07 zwj a\u200db bom \ufeff replacement \ufffd",
     "\ufb01 ligature, \uff21 full width, \u00a0 no-break space",
@@ -36,7 +44,9 @@ def random_texts(count: int) -> list[str]:
 
 
 @pytest.fixture(params=["sentencepiece", "huggingface"])
-def any_tokenizer(request: pytest.FixtureRequest, tokenizer: SentencePieceTokenizer, huggingface_tokenizer: HuggingFaceTokenizer) -> Tokenizer:
+def any_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: SentencePieceTokenizer, huggingface_tokenizer: HuggingFaceTokenizer
+) -> Tokenizer:
     return tokenizer if request.param == "sentencepiece" else huggingface_tokenizer
 
 
@@ -110,7 +120,14 @@ def test_words_cover_any_text(model_proto: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"model_type": "unigram"}, {"byte_fallback": False}, {"normalization_rule_name": "nfkc"}, {"add_dummy_prefix": True}, {"remove_extra_whitespaces": True}]
+    "option",
+    [
+        {"model_type": "unigram"},
+        {"byte_fallback": False},
+        {"normalization_rule_name": "nfkc"},
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+    ],
 )
 def test_no_words_where_cutting_would_change_ids(tmp_path: Path, code_files: list[Path], option: dict[str, object]) -> None:
     settings: dict[str, object] = {
@@ -122,14 +139,18 @@ def test_no_words_where_cutting_would_change_ids(tmp_path: Path, code_files: lis
     }
     prefix = tmp_path / "other"
     texts = (path.read_text("utf-8") for path in code_files[:10])
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(prefix), vocab_size=400, minloglevel=2, **{**settings, **option})
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=str(prefix), vocab_size=400, minloglevel=2, **{**settings, **option}
+    )
     model = prefix.with_suffix(".model").read_bytes()
     assert word_pattern(model) is None
     tokenizer = SentencePieceTokenizer(model)
     assert tokenizer.encode_batch(["def  f():\n"])[0].tolist() == tokenizer.encode("def  f():\n")
 
 
-def test_loading_from_disk(tmp_path: Path, tokenizer: SentencePieceTokenizer, model_proto: bytes, huggingface_tokenizer: Tokenizer, huggingface_definition: str) -> None:
+def test_loading_from_disk(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, model_proto: bytes, huggingface_tokenizer: Tokenizer, huggingface_definition: str
+) -> None:
     model, folder = tmp_path / "t.model", tmp_path / "folder"
     model.write_bytes(model_proto)
     folder.mkdir()

@@ -36,7 +36,7 @@ def small_run(*, parallel: dict[str, Any] | None = None, train: dict[str, Any] |
 
 def finish(config: RunConfig, substrate: Substrate) -> ExitCode:
     """Say where this rank is, and agree with the others."""
-    total = torch.ones(1)
+    total = torch.ones(1, device=substrate.device)
     dist.all_reduce(total)
     say(f"rank {substrate.rank} of {substrate.world_size}, tensor {substrate.tensor_rank}, all {total.item():g}")
     return ExitCode.FINISHED
@@ -80,7 +80,7 @@ def stop_when_asked(config: RunConfig, substrate: Substrate) -> ExitCode:
         time.sleep(0.01)
         num_steps += 1
     steps = torch.tensor([num_steps])
-    dist.all_reduce(steps, dist.ReduceOp.MAX)
+    dist.all_reduce(steps, dist.ReduceOp.MAX, group=substrate.control_group)
     say(f"rank {substrate.rank} stopped {'with the others' if steps.item() == num_steps else 'alone'}")
     return ExitCode.STOPPED
 

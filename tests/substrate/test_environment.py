@@ -41,7 +41,7 @@ def test_a_cpu_has_no_known_peak() -> None:
 def test_environment_is_plain_json_with_what_matters() -> None:
     environment = json.loads(json.dumps(describe_environment(torch.device("cpu"))))
     assert environment["packages"]["megatron-core"] == "0.16.1"
-    assert environment["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["packages"]["torch"])
     assert environment["device"] and environment["host"] and environment["python"] and environment["command"]
 
 

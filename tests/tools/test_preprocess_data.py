@@ -28,7 +28,18 @@ def test_text_to_corpus(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
     for number in range(100):
         (tmp_path / "in" / f"{number}.txt").write_text(f"text number {number}\n" * 10)
     (tmp_path / "in" / "empty.txt").write_text("")
-    command = ["--input", str(tmp_path / "in"), "--tokenizer", str(model), "--output", str(tmp_path / "c"), "--holdout", "0.2", "--workers", "2"]
+    command = [
+        "--input",
+        str(tmp_path / "in"),
+        "--tokenizer",
+        str(model),
+        "--output",
+        str(tmp_path / "c"),
+        "--holdout",
+        "0.2",
+        "--workers",
+        "2",
+    ]
     assert preprocess_data.main(command) == 0
     said = capsys.readouterr().out
     main, held_out = IndexedCorpus(tmp_path / "c"), IndexedCorpus(tmp_path / "c.holdout")

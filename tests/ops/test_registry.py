@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
+
+
+@pytest.mark.parametrize("operation", IMPLEMENTATIONS)
+def test_every_operation_has_a_specification_and_a_cpu_version_with_its_arguments(operation: str) -> None:
+    """Implementations may take tuning arguments more, all with defaults."""
+    expected = inspect.signature(select(operation, "reference")).parameters
+    for name in IMPLEMENTATIONS[operation]:
+        actual = inspect.signature(select(operation, name)).parameters
+        assert list(actual)[: len(expected)] == list(expected)
+        assert all(parameter.default is not inspect.Parameter.empty for parameter in list(actual.values())[len(expected) :])
+    assert "cpu" in IMPLEMENTATIONS[operation]
+
+
+def test_unknown_names_are_refused_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match="unknown operation 'sdd'; there are: attention, causal_conv1d"):
+        select("sdd", "cpu")
+    with pytest.raises(ValueError, match="'ssd' has no implementation 'cuda'; it has: cpu, reference"):
+        select("ssd", "cuda")
