@@ -21,6 +21,7 @@ setup(
         "pydantic==2.14.3",
         "PyYAML==6.0.3",
         "sentencepiece==0.2.3",
+        "protobuf==7.36.2",
         "tokenizers==0.23.3",
         "tqdm==4.70.1",
         "matplotlib==3.10.8; python_version < '3.11'",

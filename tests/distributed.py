@@ -59,7 +59,9 @@ class RankPool:
         self.close()
 
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Any]:
-        """Run ``fn(*args)`` on ranks 0 to ``world_size - 1``, over gloo (NCCL where each rank can have a GPU), and return their results by rank.
+        """Run ``fn(*args)`` on ranks 0 to ``world_size - 1`` and return their results by rank.
+
+        The ranks use NCCL where the host has a GPU for each, and otherwise gloo with the GPUs hidden.
 
         Raises:
             RankFailure: a rank raised or died (the first one's traceback), or the ranks took longer than ``timeout_s``.

@@ -51,7 +51,7 @@ def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
         "optimizer": {"lr": 3e-3},
         "schedule": {"kind": "constant"},
         "train": {"steps": 5, "global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32"},
-        "runtime": {"device": "cpu", "timeout_s": 60, "threads_per_rank": 1},
+        "runtime": {"timeout_s": 60, "threads_per_rank": 1},
     }
     for name, section in sections.items():
         options[name] = {**options.get(name, {}), **section} if isinstance(section, dict) else section

@@ -27,7 +27,8 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Make what the body raises on one rank be raised on every rank of ``group``; collective.
 
-    Other ranks would otherwise wait for the failed one until their collective times out. Collectives in the body must be reached by all ranks.
+    Other ranks would otherwise wait for the failed one until their collective times out. Collectives in the body must be
+    reached by all ranks.
 
     Raises:
         ValueError: the body raised on some rank, and wherever it raised it was a ValueError; the messages in rank order.

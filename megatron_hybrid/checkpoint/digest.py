@@ -1,8 +1,9 @@
 """A digest of a tensor that no sharding changes: each shard's part is computed where the shard is, and the parts are added.
 
-An element with bits b at position p of the whole tensor (in row-major order) contributes mix(b + K p) modulo 2^64, where mix(v) = K' (v xor (v >> 30)) with K' odd is a bijection (the
-first step of SplitMix64's finalizer, Steele et al. 2014). A sum modulo 2^64 does not depend on the order of its terms, so that, unlike a norm, the digest needs no tolerance. It
-changes with any single element, and also when right values stand in wrong places, which a norm would not notice.
+An element with bits b at position p of the whole tensor (in row-major order) contributes mix(b + K p) modulo 2^64, where
+mix(v) = K' (v xor (v >> 30)) with K' odd is a bijection (the first step of SplitMix64's finalizer, Steele et al. 2014). A sum modulo
+2^64 does not depend on the order of its terms, so that, unlike a norm, the digest needs no tolerance. It changes with any single
+element, and also when right values stand in wrong places, which a norm would not notice.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def check_header(header: dict[str, Any], *, model: dict[str, Any], training: dic
     Raises:
         ValueError: something differs; the message names every field with both values.
     """
-    _compare(header["model"], model, "the checkpoint is of another architecture", "use the model's options of that run, or another checkpoint")
+    advice = "use the model's options of that run, or another checkpoint"
+    _compare(header["model"], model, "the checkpoint is of another architecture", advice)
     if training is not None:
         advice = "optimizer state is not converted: keep these options, or start a new run from the weights (checkpoint.initialize_from)"
         _compare(header["training"], training, "the checkpoint's optimizer state is of another kind", advice)

@@ -1,7 +1,8 @@
 """What a checkpoint consists of, and whether it still does: ``manifest.json``.
 
-Files have a size and a CRC-32: checkpoints are damaged by accident, not by design, and zlib's CRC is three times as fast as the fastest cryptographic hash here while it finds every
-error burst of up to 32 bits. Tensors have a shape, a dtype and a digest that no layout changes (see ``digest``), so that what was loaded into any other layout can be compared.
+Files have a size and a CRC-32: checkpoints are damaged by accident, not by design, and zlib's CRC is three times as fast as the fastest
+cryptographic hash of the standard library, while it finds every error burst of up to 32 bits. Tensors have a shape, a dtype and a
+digest that no layout changes (see ``digest``), so that what was loaded into any other layout can be compared.
 """
 
 from __future__ import annotations

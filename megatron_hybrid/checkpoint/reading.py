@@ -27,12 +27,13 @@ _NAMES_SHOWN = 3
 def load(path: Path, state: ShardedStateDict, *, group: dist.ProcessGroup | None = None) -> StateDict:
     """Load the checkpoint in directory ``path`` into the layout that ``state`` describes; collective over all ranks.
 
-    What was read is compared with the manifest tensor by tensor: the digests of all ranks' shards must add up to the saved ones, bit for bit. Files that hold nothing of ``state`` are
-    only looked at for their size; ``CheckpointStore.newest`` reads everything.
+    What was read is compared with the manifest tensor by tensor: the digests of all ranks' shards must add up to the saved ones, bit
+    for bit. Files that hold nothing of ``state`` are only looked at for their size; ``CheckpointStore.newest`` reads everything.
 
     Args:
         path: a complete checkpoint, in any layout.
-        state: sections of a sharded state, such as {"model": ..., "optimizer": ...} or {"model": ...} alone. Its tensors say what is wanted and are left as they are.
+        state: sections of a sharded state, such as {"model": ..., "optimizer": ...} or {"model": ...} alone. Its tensors say what is
+            wanted and are left as they are.
         group: all ranks, to agree on errors.
 
     Returns:
@@ -75,7 +76,8 @@ def _check_wanted(path: Path, manifest: Manifest, wanted: Iterable[ShardedTensor
         elif facts.shape != tuple(tensor.global_shape):
             other_shapes.append(f"{tensor.key} is {list(facts.shape)} there and {list(tensor.global_shape)} here")
     if missing:
-        raise ValueError(f"{path} does not have {_shortened(missing)}: it is of another architecture, or of another kind of optimizer or precision")
+        kind = "of another architecture, or its optimizer state is of another kind (plain or distributed, fp32 or bf16)"
+        raise ValueError(f"{path} does not have {_shortened(missing)}: it is {kind}")
     if other_shapes:
         raise ValueError(f"{path} is of another architecture: {_shortened(other_shapes)}")
     for section, entries in own_common.items():

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_hybrid.checkpoint.agreement import CheckpointError
@@ -30,12 +29,8 @@ class ShardFacts:
     def of(cls, tensor: ShardedTensor) -> ShardFacts:
         """Read the shard's data and return its facts."""
         digest = shard_digest(tensor.data, tensor.global_shape, tensor.global_offset)
-        return cls(tensor.key, tuple(tensor.local_shape), tuple(tensor.global_offset), tuple(tensor.global_shape), dtype_name(tensor.dtype), digest)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return torch's name of a dtype, without the module."""
-    return str(dtype).removeprefix("torch.")
+        place = tuple(tensor.local_shape), tuple(tensor.global_offset), tuple(tensor.global_shape)
+        return cls(tensor.key, *place, str(tensor.dtype).removeprefix("torch."), digest)
 
 
 def join_shards(shards: Iterable[ShardFacts]) -> dict[str, TensorFacts]:
@@ -44,7 +39,8 @@ def join_shards(shards: Iterable[ShardFacts]) -> dict[str, TensorFacts]:
     A shard may come from several ranks (replicas): they must be bitwise equal, and count once.
 
     Raises:
-        CheckpointError: replicas differ, shards of one tensor contradict each other, or they do not add up to the whole; the message names the tensor.
+        CheckpointError: replicas differ, shards of one tensor contradict each other, or they do not add up to the whole; the message
+            names the tensor.
     """
     by_key: dict[str, dict[tuple, ShardFacts]] = defaultdict(dict)
     for shard in shards:

@@ -1,7 +1,7 @@
 """The directory of a run's checkpoints: what is in it, what comes next, and which one to continue from.
 
-A checkpoint is written under a name that ends in ``.partial`` and renamed when every rank is done and everything is on the disk, so that a directory without that ending is complete.
-Deleting goes the other way round: renamed first.
+A checkpoint is written under a name that ends in ``.partial`` and renamed when every rank is done and everything is on the disk, so that
+a directory without that ending is complete. Deleting goes the other way round: renamed first.
 """
 
 from __future__ import annotations
@@ -115,19 +115,20 @@ class CheckpointStore:
             with failing_together(self._group):
                 if self._is_first_rank:
                     self._publish(pending, all_written)
-        except CheckpointError as error:
+        except (CheckpointError, ValueError) as error:
             free_bytes = shutil.disk_usage(self.directory).free
             if self._is_first_rank:
                 shutil.rmtree(self.directory / (pending.name + PARTIAL), ignore_errors=True)
             raise CheckpointError(
-                f"could not write {pending.name} to {self.directory} ({pending.needed_bytes:,} bytes needed, {free_bytes:,} available): {error}; "
-                "the checkpoints before it are as they were"
+                f"could not write {pending.name} to {self.directory} ({pending.needed_bytes:,} bytes needed, {free_bytes:,} available): "
+                f"{error}; the checkpoints before it are as they were"
             ) from error
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint that is sound, or None; every rank gets the same.
 
-        Checkpoints are read in full, from the newest on, until one is as it was written. Each that is passed over is logged as a warning, with the reason.
+        Checkpoints are read in full, from the newest on, until one is as it was written. Each that is passed over is logged as a warning,
+        with the reason.
 
         Raises:
             ValueError: the newest sound checkpoint has another format version.
@@ -163,7 +164,7 @@ class CheckpointStore:
             _log.warning("skipping %s: it was never finished; the next save removes it", leftover)
         pointer = self.directory / LATEST
         if pointer.is_file():
-            name = pointer.read_text().strip()
+            name = pointer.read_text(errors="replace").strip()
             if name not in map(step_name, steps):
                 _log.warning("%s names %s, which is not there", pointer, name)
         return steps
@@ -210,7 +211,7 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def _beyond_keep_last(self, newest: Path) -> list[Path]:
-        """What is older than the last ``keep_last``. A later step than the newest was found damaged, does not count, and waits to be replaced."""
+        """What is older than the last ``keep_last``; a later step than the newest was found damaged, and does not count."""
         names = [step_name(step) for step in complete_steps(self.directory)]
         older = names[: names.index(newest.name)]
         return [self.directory / name for name in older[: max(0, len(older) - (self._keep_last - 1))]]

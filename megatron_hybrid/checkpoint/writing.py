@@ -1,8 +1,9 @@
 """Writing a sharded state in megatron-core's torch_dist format.
 
-The files are those that ``megatron.core.dist_checkpointing.save`` writes. The way there is our own composition of its parts and torch's. In the stock one rank 0 alone writes the common
-state and the metadata while the other ranks wait in collectives, so that a full disk becomes a hang; and its background writers either fork a process full of threads, or are spawned
-and then share the memory of host tensors that training goes on to change.
+The files are those that ``megatron.core.dist_checkpointing.save`` writes. The way there is our own composition of its parts and torch's.
+In the stock one rank 0 alone writes the common state and the metadata while the other ranks wait in collectives, so that a full disk
+becomes a hang; and its background writers either fork a process full of threads, or are spawned and then share the memory of host
+tensors that training goes on to change.
 """
 
 from __future__ import annotations

@@ -139,6 +139,8 @@ class TokenizerConfig(Section):
     """sentencepiece: a .model file. huggingface: a tokenizer.json, or a folder that transformers' AutoTokenizer reads."""
     path: Path
     """The tokenizer's file or folder."""
+    eod_token: str | None = None
+    """Token that ends a document. Unset: the tokenizer's own end token."""
 
 
 class PhaseConfig(Section):

@@ -32,7 +32,7 @@ def build_tokenizer(config: RunConfig) -> Tokenizer | None:
     """
     if config.data.tokenizer is None:
         return None
-    tokenizer = load_tokenizer(config.data.tokenizer.kind, config.data.tokenizer.path)
+    tokenizer = load_tokenizer(config.data.tokenizer.kind, config.data.tokenizer.path, config.data.tokenizer.eod_token)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"tokenizer {config.data.tokenizer.path} has {tokenizer.vocab_size} tokens but model.vocab_size={config.model.vocab_size}; "

@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from megatron_hybrid.data.indexed import CorpusError
 
@@ -144,18 +145,18 @@ def _describe(path: Path) -> InputFile:
     compressed = path.suffix == ".gz"
     name = path.with_suffix("") if compressed else path
     status = path.stat()
-    form = "jsonl" if name.suffix in _JSON_LINES_SUFFIXES else "text"
+    form: Literal["jsonl", "text"] = "jsonl" if name.suffix in _JSON_LINES_SUFFIXES else "text"
     return InputFile(path, form, compressed, status.st_size, status.st_mtime_ns)
 
 
-def _read_text(stream: BinaryIO, path: Path, options: ReadOptions) -> Document | Skipped:
+def _read_text(stream: BufferedIOBase, path: Path, options: ReadOptions) -> Document | Skipped:
     raw = stream.read(options.max_document_bytes + 1)
     if len(raw) > options.max_document_bytes:
         return Skipped("too long", str(path))
     return _checked(raw.removeprefix(_BYTE_ORDER_MARK), str(path))
 
 
-def _read_lines(stream: BinaryIO, part: Slice, options: ReadOptions) -> Iterator[Document | Skipped]:
+def _read_lines(stream: BufferedIOBase, part: Slice, options: ReadOptions) -> Iterator[Document | Skipped]:
     line_number = 1
     if part.start > 0:
         # A line belongs to the slice in which it begins: skip the rest of the one that the slice before has begun.
@@ -177,7 +178,7 @@ def _read_lines(stream: BinaryIO, part: Slice, options: ReadOptions) -> Iterator
         line_number += 1
 
 
-def _skip_line(stream: BinaryIO) -> None:
+def _skip_line(stream: BufferedIOBase) -> None:
     while (block := stream.readline(1 << 20)) and not block.endswith(b"\n"):
         pass
 

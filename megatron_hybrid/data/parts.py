@@ -148,7 +148,8 @@ def build_parts(builder: PartBuilder, jobs: Sequence[tuple[int, tuple[Slice, ...
             workers[ours] = process
             ours.send(next(waiting))
         while workers:
-            for connection in wait(list(workers)):
+            ready = wait(list(workers))
+            for connection in [held for held in workers if held in ready]:
                 _take_result(connection, workers[connection], done)
                 job = next(waiting, None)
                 if job is not None:

@@ -19,6 +19,8 @@ from megatron_hybrid.layers.linear import NormColumnParallelLinear, ResidualRowP
 from megatron_hybrid.layers.parameters import Component, declare, inverse_softplus_time_step, log_uniform_decay, ones, uniform
 from megatron_hybrid.layers.sequence import MambaCache, Sequence
 from megatron_hybrid.layers.specs import Ops
+from megatron_hybrid.ops.conv1d import causal_conv1d_step
+from megatron_hybrid.ops.ssd import ssd_step
 
 
 class MambaLayer(torch.nn.Module):
@@ -86,6 +88,8 @@ class MambaMixer(torch.nn.Module):
 
     def _continue(self, zxBCdt_LBE: Tensor, cache: MambaCache) -> Tensor:
         """The same from the cache's state on, which is replaced by the state after the last token."""
+        if zxBCdt_LBE.shape[0] == 1:
+            return self._step(zxBCdt_LBE.squeeze(0), cache).unsqueeze(0)
         z_BLI, xBC_BLC, dt_BLH = zxBCdt_LBE.transpose(0, 1).split(self.in_proj_sizes, dim=-1)
         xBC_BLC, cache.conv_state_BTC = self.ops.causal_conv1d(
             xBC_BLC, self.conv1d.weight.squeeze(1), self.conv1d.bias, initial_state_BTC=cache.conv_state_BTC
@@ -93,6 +97,14 @@ class MambaMixer(torch.nn.Module):
         x_BLHP, B_BLGN, C_BLGN = self._split_conv(xBC_BLC)
         y_BLHP, cache.ssm_state_BHPN = self.ops.ssd(x_BLHP, dt_BLH, self.A_log, B_BLGN, C_BLGN, self.D, self.dt_bias, initial_state_BHPN=cache.ssm_state_BHPN)
         return self.norm(y_BLHP.flatten(2), z_BLI).transpose(0, 1)
+
+    def _step(self, zxBCdt_BE: Tensor, cache: MambaCache) -> Tensor:
+        """The recurrence itself, for one token: [B, in_proj rows] to [B, inner]. A scan over one position gives the same and takes longer."""
+        z_BI, xBC_BC, dt_BH = zxBCdt_BE.split(self.in_proj_sizes, dim=-1)
+        xBC_BC, cache.conv_state_BTC = causal_conv1d_step(cache.conv_state_BTC, xBC_BC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x_BHP, B_BGN, C_BGN = self._split_conv(xBC_BC)
+        y_BHP, cache.ssm_state_BHPN = ssd_step(cache.ssm_state_BHPN, x_BHP, dt_BH, self.A_log, B_BGN, C_BGN, self.D, self.dt_bias)
+        return self.norm(y_BHP.flatten(1), z_BI)
 
     def _split_conv(self, xBC_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BLI, B_BLS, C_BLS = xBC_BLC.split(self.conv_sizes, dim=-1)

@@ -23,7 +23,8 @@ def document_mask(segment_ids_BL: Tensor) -> Tensor:
 def attention_reference(q_BLHP: Tensor, k_BSJP: Tensor, v_BSJP: Tensor, *, mask_B1LS: Tensor | None = None) -> Tensor:
     """`softmax(q k^T / sqrt(P)) v` in fp32: every implementation named "attention" takes these arguments.
 
-    `mask_B1LS` (True = may read) replaces causality; None means causal. Returns [B, L, H, P] in the dtype of q.
+    `mask_B1LS` is True where a query may read a key, never a later one (`document_mask` gives such); None means every key up to its own.
+    Returns [B, L, H, P] in the dtype of q.
     Raises ValueError when the heads do not divide or there are more queries than keys.
     """
     check_shapes(q_BLHP, k_BSJP)
@@ -36,8 +37,8 @@ def attention_reference(q_BLHP: Tensor, k_BSJP: Tensor, v_BSJP: Tensor, *, mask_
     return torch.einsum("bhls,bshp->blhp", weights_BHLS, v_BSHP).to(q_BLHP.dtype)
 
 
-def attention(q_BLHP: Tensor, k_BSJP: Tensor, v_BSJP: Tensor, *, mask_B1LS: Tensor | None = None) -> Tensor:
-    """`attention_reference` through torch's scaled_dot_product_attention, which picks its kernel by device and mask."""
+def attention_sdpa(q_BLHP: Tensor, k_BSJP: Tensor, v_BSJP: Tensor, *, mask_B1LS: Tensor | None = None) -> Tensor:
+    """`attention_reference` through torch's scaled_dot_product_attention, which picks its kernel by device and mask: the one for GPUs."""
     check_shapes(q_BLHP, k_BSJP)
     num_queries, num_keys = q_BLHP.shape[1], k_BSJP.shape[1]
     if mask_B1LS is None and 1 < num_queries < num_keys:

@@ -68,7 +68,7 @@ def gated_rms_norm(y: Tensor, gate: Tensor, weight_D: Tensor, num_groups: int, e
 
 
 class _GatedRMSNorm(torch.autograd.Function):
-    """`_RMSNorm` of u = y silu(gate) per group; sums within groups are products with a block-diagonal matrix of one column per group."""
+    """`_RMSNorm` of u = y silu(gate) per group."""
 
     @staticmethod
     def forward(ctx, y: Tensor, gate: Tensor, weight_D: Tensor, num_groups: int, eps: float) -> Tensor:
@@ -80,16 +80,15 @@ class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, gate, weight_D, r_NG1 = ctx.saved_tensors
-        num_groups = r_NG1.shape[1]
-        y_ND, gate_ND, dout_ND, weight_wide_D = _rows(y), _rows(gate), _rows(dout), weight_D.to(r_NG1.dtype)
-        block_DG = torch.eye(num_groups, dtype=r_NG1.dtype, device=y.device).repeat_interleave(y.shape[-1] // num_groups, dim=0)
+        groups = (r_NG1.shape[1], -1)
+        y_ND, gate_ND, dout_ND = _rows(y), _rows(gate), _rows(dout)
         silu_ND = F.silu(gate_ND)
-        gated_NGD = (y_ND * silu_ND).unflatten(-1, (num_groups, -1))
-        product_ND = dout_ND * gated_NGD.flatten(-2)
-        dweight_D = ((product_ND.t() @ r_NG1[..., 0]) * block_DG).sum(-1)
-        correction_NG1 = r_NG1**3 * (product_ND @ (block_DG * weight_wide_D[:, None]))[..., None] / gated_NGD.shape[-1]
-        dgated_NGD = torch.mul(dout_ND, weight_wide_D, out=product_ND).view_as(gated_NGD).mul_(r_NG1)
-        dgated_ND = dgated_NGD.addcmul_(gated_NGD, correction_NG1, value=-1).flatten(-2)
+        gated_NGD = (y_ND * silu_ND).unflatten(-1, groups)
+        dscaled_NGD = (dout_ND * weight_D).unflatten(-1, groups)
+        product_NGD = dout_ND.unflatten(-1, groups) * gated_NGD
+        dweight_D = (product_NGD * r_NG1).sum(0).flatten()
+        correction_NG1 = r_NG1**3 * torch.mul(dscaled_NGD, gated_NGD, out=product_NGD).mean(-1, keepdim=True)
+        dgated_ND = dscaled_NGD.mul_(r_NG1).addcmul_(gated_NGD, correction_NG1, value=-1).flatten(-2)
         dy_ND = silu_ND.mul_(dgated_ND)
         dgate_ND = torch.ops.aten.silu_backward(dgated_ND.mul_(y_ND), gate_ND)
         return dy_ND.to(y.dtype).view(y.shape), dgate_ND.to(gate.dtype).view(gate.shape), dweight_D.to(weight_D.dtype), None, None

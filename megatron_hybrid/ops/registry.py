@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from megatron_hybrid.ops import activation, attention, conv1d, cross_entropy, linear, norm, ssd, ssd_chunked
+from megatron_hybrid.ops import activation, attention, attention_blocked, conv1d, cross_entropy, linear, norm, ssd, ssd_chunked
 
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable]] = MappingProxyType(
     {
@@ -15,7 +15,11 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable]] = MappingProxyType(
         "gated_rms_norm": {"reference": norm.gated_rms_norm_reference, "cpu": norm.gated_rms_norm},
         "squared_relu": {"reference": activation.squared_relu_reference, "cpu": activation.squared_relu},
         "linear": {"reference": linear.linear_reference, "cpu": linear.linear},
-        "attention": {"reference": attention.attention_reference, "cpu": attention.attention},
+        "attention": {
+            "reference": attention.attention_reference,
+            "cpu": attention_blocked.attention_blocked,
+            "sdpa": attention.attention_sdpa,
+        },
         "cross_entropy": {"reference": cross_entropy.cross_entropy_reference, "cpu": cross_entropy.cross_entropy},
         "linear_cross_entropy": {
             "reference": cross_entropy.linear_cross_entropy_reference,

@@ -135,7 +135,10 @@ def _check_version() -> None:
     except importlib.metadata.PackageNotFoundError:
         version = "none"
     if version != MEGATRON_CORE_VERSION:
-        raise HostError(f"megatron-core {version} is installed, this code needs {MEGATRON_CORE_VERSION}; pip install megatron-core=={MEGATRON_CORE_VERSION}")
+        raise HostError(
+            f"megatron-core {version} is installed, this code needs {MEGATRON_CORE_VERSION}; "
+            f"pip install megatron-core=={MEGATRON_CORE_VERSION}"
+        )
 
 
 def _cache_path(source: bytes, path: str, expected_places: dict[str, int]) -> Path:

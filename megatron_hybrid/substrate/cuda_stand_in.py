@@ -166,5 +166,6 @@ def _no_range(*args: Any, **kwargs: Any) -> None: ...
 random = SimpleNamespace(get_rng_state=get_rng_state, set_rng_state=set_rng_state)
 nvtx = SimpleNamespace(range_push=_no_range, range_pop=_no_range, range=lambda *args, **kwargs: contextlib.nullcontext())
 amp = SimpleNamespace(
-    custom_fwd=functools.partial(torch.amp.custom_fwd, device_type="cpu"), custom_bwd=functools.partial(torch.amp.custom_bwd, device_type="cpu")
+    custom_fwd=functools.partial(torch.amp.custom_fwd, device_type="cpu"),
+    custom_bwd=functools.partial(torch.amp.custom_bwd, device_type="cpu"),
 )

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 _PACKAGES = (
-    "causal-conv1d", "einops", "mamba-ssm", "megatron-core", "numpy", "pydantic", "sentencepiece", "tokenizers", "torch", "transformer-engine",
-    "transformers", "triton",
+    "causal-conv1d", "einops", "mamba-ssm", "megatron-core", "numpy", "pydantic", "sentencepiece", "tokenizers", "torch",
+    "transformer-engine", "transformers", "triton",
 )  # fmt: skip
 
 _PEAK_BF16_TFLOPS = (

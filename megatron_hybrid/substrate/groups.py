@@ -107,7 +107,8 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
         raise ValueError(
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves the microbatches in rounds of parallel.pipeline="
-            f"{parallel.pipeline}, but a rank has {num_microbatches} per step (train.global_batch_size={train.global_batch_size} / {per_pass}); "
+            f"{parallel.pipeline}, but a rank has {num_microbatches} per step "
+            f"(train.global_batch_size={train.global_batch_size} / {per_pass}); "
             f"make train.global_batch_size a multiple of {per_pass * parallel.pipeline}"
         )
     return data_size

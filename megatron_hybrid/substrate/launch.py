@@ -88,12 +88,14 @@ class _LocalRanks:
     """The processes of a run on this host, and the one store they meet at, which this process serves."""
 
     def __init__(self, entry: Entry, config: RunConfig, num_ranks: int) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=rendezvous.wait_s(config)))
+        timeout = timedelta(seconds=rendezvous.wait_s(config))
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        environments = [local_rank_environment(rank, num_ranks, self._store.port) for rank in range(num_ranks)]
         payload = pickle.dumps((entry, config))
         context = multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = [
-            context.Process(target=_local_rank, name=f"rank {rank}", args=(payload, local_rank_environment(rank, num_ranks, self._store.port)))
-            for rank in range(num_ranks)
+            context.Process(target=_local_rank, name=f"rank {rank}", args=(payload, environment))
+            for rank, environment in enumerate(environments)
         ]
         self._board = FailureBoard(rendezvous.attempt_store(self._store, "0"))
         self._forwarded: list[signal.Signals] = []

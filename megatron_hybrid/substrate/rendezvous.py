@@ -101,7 +101,7 @@ def make_report(config: RunConfig, place: Place) -> RankReport:
     if wanted == "cuda" and not cuda:
         error = "runtime.device=cuda, but torch finds no CUDA device here; use runtime.device=auto or cpu"
     elif wanted == "cpu" and cuda:
-        error = "runtime.device=cpu, but torch finds CUDA here, and megatron-core then uses it; set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+        error = "runtime.device=cpu, but torch finds CUDA here, which megatron-core then uses; set CUDA_VISIBLE_DEVICES= (empty) to hide it"
     return RankReport(
         host=socket.gethostname(),
         backend="nccl" if cuda else "gloo",
@@ -139,7 +139,8 @@ def check_reports(reports: Sequence[RankReport]) -> None:
         for host, num_ranks in ranks_per_host.items():
             if gpus_per_host[host] < num_ranks:
                 raise ValueError(
-                    f"{num_ranks} ranks on {host} share {gpus_per_host[host]} GPU(s), NCCL needs one per rank; start at most one rank per GPU"
+                    f"{num_ranks} ranks on {host} share {gpus_per_host[host]} GPU(s), NCCL needs one per rank; "
+                    "start at most one rank per GPU"
                 )
 
 

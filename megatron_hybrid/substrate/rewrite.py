@@ -96,12 +96,14 @@ def main() -> None:
     if spec is None or spec.submodule_search_locations is None:
         parser.error("megatron-core is not installed")
     folder = Path(next(iter(spec.submodule_search_locations))) / "core"
-    manifest = {
-        "command": COMMAND,
-        "megatron_core": importlib.metadata.version("megatron-core"),
-        "places": count_package(folder, "megatron.core"),
-    }
-    output.write_text(json.dumps(manifest, indent=1) + "\n", encoding="ascii")
+    version = importlib.metadata.version("megatron-core")
+    output.write_text(render_manifest(version, count_package(folder, "megatron.core")), encoding="ascii")
+
+
+def render_manifest(version: str, places: dict[str, dict[str, int]]) -> str:
+    """Return the manifest as JSON with one module per line."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(counts)}" for name, counts in places.items())
+    return f'{{\n "command": {json.dumps(COMMAND)},\n "megatron_core": {json.dumps(version)},\n "places": {{\n{lines}\n }}\n}}\n'
 
 
 if __name__ == "__main__":

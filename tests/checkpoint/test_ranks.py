@@ -74,7 +74,9 @@ def save_on_a_disk_that_refuses(directory: Path, failing_rank: int, what: str, a
 
 
 @pytest.mark.parametrize(("saving_ranks", "loading_ranks"), [(1, 4), (4, 1), (2, 4), (4, 2)])
-def test_any_number_of_ranks_reads_what_any_number_wrote(saving_ranks: int, loading_ranks: int, tmp_path: Path, run_ranks: Callable) -> None:
+def test_any_number_of_ranks_reads_what_any_number_wrote(
+    saving_ranks: int, loading_ranks: int, tmp_path: Path, run_ranks: Callable
+) -> None:
     run_ranks(save, saving_ranks, tmp_path, saving_ranks, [5])
     assert run_ranks(load_newest, loading_ranks, tmp_path, loading_ranks, 5) == [("step_00000005", True)] * loading_ranks
 

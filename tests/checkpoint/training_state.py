@@ -131,8 +131,9 @@ class TrainingState:
 
 def _distributed_shards(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Each parameter this rank updates a part of, with the fp32 tensor of that part."""
-    masters = ((optimizer.model_fp32_groups, optimizer.shard_fp32_groups), (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups))
-    for model_groups, shard_groups in masters:
+    fp32 = optimizer.model_fp32_groups, optimizer.shard_fp32_groups
+    float16 = optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups
+    for model_groups, shard_groups in (fp32, float16):
         for model_group, shard_group in zip(model_groups, shard_groups, strict=True):
             yield from zip(model_group, shard_group, strict=True)
 

@@ -18,7 +18,9 @@ from megatron_hybrid.substrate.launch import run_on_ranks
 from megatron_hybrid.substrate.quiet import silence_known_warnings
 
 
-def small_run(*, parallel: dict[str, Any] | None = None, train: dict[str, Any] | None = None, runtime: dict[str, Any] | None = None) -> RunConfig:
+def small_run(
+    *, parallel: dict[str, Any] | None = None, train: dict[str, Any] | None = None, runtime: dict[str, Any] | None = None
+) -> RunConfig:
     """A run that validates; nothing reads its files."""
     return RunConfig(
         run_dir=Path("run"),

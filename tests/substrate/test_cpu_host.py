@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -39,8 +40,6 @@ def manifest() -> dict[str, dict[str, int]]:
     ],
 )
 def test_rewrite_rules(source: str, rewritten: str, places: dict[str, int]) -> None:
-    import ast
-
     tree, counted = rewrite.rewrite(source, "example.py")
     assert ast.unparse(tree) == rewritten
     assert counted == places

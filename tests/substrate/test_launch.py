@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import pytest
@@ -18,8 +20,10 @@ import torch
 
 from megatron_hybrid.substrate import ExitCode
 from megatron_hybrid.substrate.failure import describe_failure
+from tests.substrate.runs import finish, refuse
 
 LIMIT_S = 120
+LAUNCHER_PREFIXES = ("SLURM_", "TORCHELASTIC_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -28,7 +32,7 @@ def command(entry: str, *options: str) -> list[str]:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_")) and key not in RANK_VARIABLES}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_PREFIXES) and key not in RANK_VARIABLES}
     # Three ranks at most; without a GPU for each, they run on the CPU.
     hidden = {} if torch.cuda.device_count() >= 3 else {"CUDA_VISIBLE_DEVICES": ""}
     return kept | hidden | variables
@@ -160,7 +164,7 @@ def test_ranks_do_not_outlive_a_killed_launcher() -> None:
 
 
 @pytest.mark.parametrize("environments", [torchrun_environments, slurm_environments])
-def test_given_ranks_are_used(environments) -> None:
+def test_given_ranks_are_used(environments: Callable[[int], list[dict[str, str]]]) -> None:
     ends = run_as_given_ranks("finish", ["tensor=2"], environments(2))
     for rank, (code, output, errors) in enumerate(ends):
         assert code == ExitCode.FINISHED, errors
@@ -193,25 +197,19 @@ def test_a_broken_environment_is_one_line() -> None:
     assert errors == "error: LOCAL_RANK is not set in the environment; start the ranks with torchrun or srun, or set it\n"
 
 
-def raised(function, *arguments) -> Exception:
-    with pytest.raises(Exception) as caught:
+def raised(function: Callable[..., Any], *arguments: Any) -> ValueError:
+    with pytest.raises(ValueError) as caught:
         function(*arguments)
     return caught.value
 
 
 def test_only_our_own_value_errors_are_the_users() -> None:
-    from tests.substrate.runs import finish, refuse
-
     assert describe_failure(raised(refuse, None, None), refuse) == (ExitCode.BAD_INPUT, "error: the corpus is empty")
-    code, text = describe_failure(raised(int, "x"), finish)
-    assert code == ExitCode.BAD_INPUT
-    code, text = describe_failure(raised(__import__("json").loads, "x"), finish)
+    code, text = describe_failure(raised(json.loads, "x"), refuse)
     assert code == ExitCode.ERROR and text.startswith("Traceback")
 
 
 def test_missing_files_and_full_disks_are_one_line() -> None:
-    from tests.substrate.runs import finish
-
     assert describe_failure(FileNotFoundError(2, "No such file or directory", "corpus.bin"), finish) == (
         ExitCode.BAD_INPUT,
         "error: [Errno 2] No such file or directory: 'corpus.bin'",

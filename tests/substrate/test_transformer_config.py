@@ -53,6 +53,7 @@ def test_interleaving_never_uses_batched_transfers(
     config = build_transformer_config(small_run(parallel=parallel), substrate)
     assert config.virtual_pipeline_model_parallel_size == virtual
     assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (overlap, batched)
+    assert config.deallocate_pipeline_outputs == (virtual is None or substrate.backend == "nccl")
 
 
 def test_sequence_parallel(substrate: Substrate) -> None:

@@ -42,7 +42,7 @@ def train_in_layout(run: RunConfig, num_steps: int) -> RankReport:
     task = Pretraining(run, config, substrate)
     chunks = task.build_chunks()
     initial = {
-        name: Shard(_picklable(parameter.declaration), substrate.tensor_rank, parameter.detach().float().numpy().copy())
+        name: Shard(_picklable(parameter.declaration), substrate.tensor_rank, parameter.detach().float().cpu().numpy().copy())
         for chunk in chunks
         for name, parameter in chunk.named_global_parameters()
     }
