@@ -1,10 +1,12 @@
-"""CPU time of every op, forward + backward: our fast version, its specification, and what transformers' Nemotron-H does on a host without CUDA.
+"""Time of every op on a CPU, forward + backward: our fast version, its specification, and what transformers' Nemotron-H does there.
 
     python -m benchmarks.ops [--dtype bf16] [--threads 2] [--repeats 15] [--op ssd]
+    python -m benchmarks.ops --threads 1 --cpu-time        # on a machine that has other work
 
-Shapes are those of the training-step benchmark: batch 4, sequence 512, hidden 256, 8 Mamba heads of 64 in 2 groups, state 64, FFN 1024, 4 attention heads over
-2 KV heads, vocabulary 4096. The versions of an op take turns, so that other work on the machine hits all alike; medians and minima are printed. glibc hands every
-large buffer back to the kernel; what that costs shows when the run is repeated with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment.
+Shapes are those of the training-step benchmark: batch 4, sequence 512, hidden 256, 8 Mamba heads of 64 in 2 groups, state 64, FFN 1024,
+4 attention heads over 2 KV heads, vocabulary 4096. The versions of an op take turns, so that other work on the machine hits all alike;
+medians and minima are printed. glibc hands every large buffer back to the kernel; what that costs shows when the run is repeated with
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment.
 """
 
 from __future__ import annotations
@@ -143,19 +145,19 @@ CASES: Mapping[str, Callable[[torch.dtype], Case]] = {
 }
 
 
-def measure(case: Case, num_repeats: int) -> dict[str, list[float]]:
+def measure(case: Case, num_repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Milliseconds of each forward + backward, by version, after one round to warm up."""
     times_ms: dict[str, list[float]] = {name: [] for name in case.versions}
     cotangent = None
     for repeat in range(num_repeats + 1):
         for name, version in case.versions.items():
-            start = time.perf_counter()
+            start = clock()
             result = version(*case.inputs)
             if cotangent is None or cotangent.shape != result.shape:
                 cotangent = torch.randn_like(result)
             torch.autograd.grad(result, case.inputs, cotangent)
             if repeat:
-                times_ms[name].append(1e3 * (time.perf_counter() - start))
+                times_ms[name].append(1e3 * (clock() - start))
     return times_ms
 
 
@@ -165,18 +167,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--op", choices=CASES, help="measure this one only")
+    parser.add_argument("--cpu-time", action="store_true", help="count this thread's CPU time in place of wall time; needs --threads 1")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     arguments = parser.parse_args()
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error(f"--cpu-time sees one thread only: give --threads 1, not {arguments.threads}")
 
+    clock, clock_name = (time.thread_time, "CPU time") if arguments.cpu_time else (time.perf_counter, "wall time")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     names = [arguments.op] if arguments.op else list(CASES)
-    measured = {name: measure(CASES[name](dtype), arguments.repeats) for name in tqdm(names, desc="ops", disable=None)}
+    measured = {name: measure(CASES[name](dtype), arguments.repeats, clock) for name in tqdm(names, desc="ops", disable=None)}
     if arguments.json:
-        print(json.dumps({"dtype": arguments.dtype, "threads": arguments.threads, "times_ms": measured}))
+        print(json.dumps({"dtype": arguments.dtype, "threads": arguments.threads, "clock": clock_name, "times_ms": measured}))
         return
-    print(f"{arguments.dtype}, {arguments.threads} threads, forward + backward, ms: median (minimum) of {arguments.repeats}")
+    print(f"{arguments.dtype}, threads: {arguments.threads}, forward + backward, {clock_name} in ms: median (minimum) of {arguments.repeats}")
     print(f"{'op':<22}{'cpu':>18}{'reference':>20}{'transformers':>20}{'transformers / cpu':>20}")
     for name, times_ms in measured.items():
         medians = {version: statistics.median(values) for version, values in times_ms.items()}

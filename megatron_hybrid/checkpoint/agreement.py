@@ -9,10 +9,12 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_hybrid.substrate.exit_codes import RunError
+
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint could not be written or is not sound; the message is the same on every rank."""
 
 

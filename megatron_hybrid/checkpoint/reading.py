@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hybrid.checkpoint.agreement import CheckpointError, failing_together, gather
 from megatron_hybrid.checkpoint.manifest import Manifest, check_contents, check_sizes, verify_files

@@ -108,17 +108,16 @@ def _continue(language_model: LanguageModel, prompt: list[int], max_new_tokens: 
     """Print a prompt's continuation as it comes, and then how fast it came."""
     from megatron_hybrid.generate.text import stream_text
 
-    start_s = time.perf_counter()
-    first_s, num_tokens, token = 0.0, 0, -1
+    times_s, last = [time.perf_counter()], None
     for piece in stream_text(language_model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed):
         print(piece.text, end="", flush=True)
-        num_tokens, token = num_tokens + 1, piece.token
-        first_s = first_s or time.perf_counter()
+        times_s.append(time.perf_counter())
+        last = piece.token
     print(flush=True)
-    decode_s = time.perf_counter() - first_s
-    speed = f", {(num_tokens - 1) / decode_s:.1f} tokens/s" if num_tokens > 1 else ""
-    ending = "end of document" if token == language_model.tokenizer.eod_id else "--max-new-tokens reached"
-    _report(f"{len(prompt)} prompt tokens in {first_s - start_s:.2f} s, {num_tokens} new ones{speed}; {ending}")
+    num_tokens = len(times_s) - 1
+    speed = f" at {(num_tokens - 1) / (times_s[-1] - times_s[1]):.1f} tokens/s" if num_tokens > 1 else ""
+    ending = "end of document" if last == language_model.tokenizer.eod_id else "--max-new-tokens reached"
+    _report(f"{len(prompt)} prompt tokens in {times_s[1] - times_s[0]:.2f} s, {num_tokens} new ones{speed}; {ending}")
 
 
 def _report(line: str) -> None:

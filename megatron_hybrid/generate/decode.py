@@ -52,7 +52,7 @@ def generate_tokens(
 ) -> Iterator[int]:
     """Yield the tokens that continue a prompt, each as soon as it is chosen.
 
-    The random numbers are drawn on the host, so that a seed means the same on every device. Generator objects that are never finished leave nothing behind.
+    Tokens are drawn on the host, so that a seed means the same on every device.
 
     Args:
         model: the whole model, on one stage.

@@ -23,8 +23,8 @@ class Piece:
 def encode_prompt(prompt: str, tokenizer: Tokenizer, *, resets_at_documents: bool) -> list[int]:
     """Return the tokens of a prompt that begins a document, as training showed the beginnings of documents.
 
-    With ``resets_at_documents`` a document began from an empty state with its own first token, which is what a new cache is. Without, it came after the end-of-document token of the
-    document before, so that token comes first here too.
+    With ``resets_at_documents`` a document began with its own first token from an empty state, which is what new caches hold, and no loss was ever
+    taken after an end-of-document token. Without, it came after the end-of-document token of the one before, so that token comes first here too.
 
     Raises:
         ValueError: the prompt is empty or no Unicode text.
@@ -60,7 +60,8 @@ def stream_text(language_model: LanguageModel, prompt: Sequence[int], *, max_new
         eod_id=tokenizer.eod_id,
     )
     for count, token in enumerate(tokens, start=1):
-        text = detokenizer.feed(token)
-        if token == tokenizer.eod_id or count == max_new_tokens:
+        is_end = token == tokenizer.eod_id
+        text = "" if is_end else detokenizer.feed(token)
+        if is_end or count == max_new_tokens:
             text += detokenizer.flush()
         yield Piece(token, text)

@@ -1,4 +1,4 @@
-"""Causal attention with grouped key/value heads (Ainslie et al. 2023, "GQA"), masks for packed documents, and decoding against a key/value cache.
+"""Causal attention with grouped key/value heads (Ainslie et al. 2023, "GQA"), masks for packed documents, decoding against a cache.
 
 Queries are [B, L, H, P], keys and values [B, S, J, P] with J heads dividing H; query head h reads key head h // (H / J). The L queries
 stand at the last L of the S positions, so training has L = S and decoding has the cache's length S with L = 1 (or a prompt's tail).
@@ -14,7 +14,10 @@ from megatron_hybrid.ops.segments import number_documents
 
 
 def document_mask(segment_ids_BL: Tensor) -> Tensor:
-    """Block-causal mask [B, 1, L, L], True where a query may read a key: not later, and in the same document. Compute once per batch, share over layers."""
+    """Block-causal mask [B, 1, L, L], True where a query may read a key: not later, and in the same document.
+
+    Compute it once per batch and share it over the layers.
+    """
     document_BL = number_documents(segment_ids_BL)
     same_document = document_BL[:, :, None] == document_BL[:, None, :]
     return same_document.tril()[:, None]
@@ -61,6 +64,8 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor
 
 def check_shapes(q_BLHP: Tensor, k_BSJP: Tensor) -> None:
     if q_BLHP.shape[2] % k_BSJP.shape[2]:
-        raise ValueError(f"{q_BLHP.shape[2]} query heads cannot share {k_BSJP.shape[2]} key/value heads evenly; query heads must be a multiple")
+        raise ValueError(
+            f"{q_BLHP.shape[2]} query heads cannot share {k_BSJP.shape[2]} key/value heads evenly; query heads must be a multiple of them"
+        )
     if q_BLHP.shape[1] > k_BSJP.shape[1]:
         raise ValueError(f"{q_BLHP.shape[1]} queries but only {k_BSJP.shape[1]} keys; keys must include the queries' own positions")

@@ -63,7 +63,10 @@ def causal_conv1d(
     segment_ids_BL: Tensor | None = None,
     initial_state_BTC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d_reference` as shifted row-wise additions in fp32 (fp64 for fp64), in the strides of x. Keeps x, not the pre-activation."""
+    """`causal_conv1d_reference` as shifted row-wise additions in fp32 (fp64 for fp64), in the strides of x.
+
+    The backward keeps x and recomputes the pre-activation.
+    """
     document_BL = None if segment_ids_BL is None else number_documents(segment_ids_BL)
     y_BLC = _CausalConv1d.apply(x_BLC, weight_CW, bias_C, document_BL, initial_state_BTC)
     return y_BLC, _last_inputs(x_BLC, weight_CW.shape[1] - 1, document_BL, initial_state_BTC)
@@ -71,7 +74,9 @@ def causal_conv1d(
 
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BLC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_BL: Tensor | None, initial_BTC: Tensor | None) -> Tensor:
+    def forward(
+        ctx, x_BLC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_BL: Tensor | None, initial_BTC: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x_BLC, weight_CW, bias_C, document_BL, initial_BTC)
         return F.silu(_preactivation(_widen(x_BLC), weight_CW, bias_C, document_BL, initial_BTC), inplace=True).to(x_BLC.dtype)
 
@@ -105,7 +110,9 @@ class _CausalConv1d(torch.autograd.Function):
         )
 
 
-def _preactivation(x_BLC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_BL: Tensor | None, initial_BTC: Tensor | None) -> Tensor:
+def _preactivation(
+    x_BLC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_BL: Tensor | None, initial_BTC: Tensor | None
+) -> Tensor:
     tap_WC = _widen(weight_CW).t().contiguous()
     total = torch.mul(x_BLC, tap_WC[-1]) if bias_C is None else torch.addcmul(_widen(bias_C), x_BLC, tap_WC[-1])
     for shift in range(1, tap_WC.shape[0]):

@@ -19,11 +19,12 @@ LOG2_E = 1.4426950408889634
 def cross_entropy_reference(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """`-log softmax(logits[..., :vocab_size])[label]` per token, fp32 (fp64 for fp64), for an undivided vocabulary.
 
-    logits [..., V] with V >= vocab_size, labels [...] int64 in [0, vocab_size). Raises ValueError for a label outside, or a group of more than one rank.
+    logits [..., V] with V >= vocab_size, labels [...] int64 in [0, vocab_size).
+    Raises ValueError for a label outside, or a group of more than one rank.
     """
     check_labels(labels, vocab_size)
     if _world_size(group) > 1:
-        raise ValueError(f'the reference needs the whole vocabulary on one rank, but the group has {_world_size(group)}; choose "cpu" instead')
+        raise ValueError(f'the reference needs the whole vocabulary on one rank, but the group has {_world_size(group)}; choose "cpu"')
     valid = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(valid.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
 
@@ -95,8 +96,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy_reference` that holds the logits of `num_rows_per_chunk` tokens only and forms both gradients in the forward.
 
-    With a group, `weight_VD` is this rank's shard, the loss is whole on every rank, and the gradient of `hidden` is this rank's summand: as with
-    any column-parallel layer the caller's copy or gather in front of it sums the ranks. `token_weights` gets no gradient.
+    With a group, `weight_VD` is this rank's shard, the loss is whole on every rank, and the gradient of `hidden` is this rank's summand: as
+    with any column-parallel layer the caller's copy or gather in front of it sums the ranks. `token_weights` gets no gradient.
     Raises ValueError for a label outside [0, vocab_size).
     """
     check_labels(labels, vocab_size)

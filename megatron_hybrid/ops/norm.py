@@ -1,6 +1,7 @@
 """RMSNorm (Zhang and Sennrich 2019) and the gated, grouped RMSNorm behind the Mamba-2 scan (Dao and Gu 2024, section 7.2), fp32 statistics.
 
-Nemotron-H gates first and normalises afterwards, over groups of d_inner / num_groups channels, which keeps the norm local to a tensor-parallel rank.
+Nemotron-H gates first and normalises afterwards, over groups of d_inner / num_groups channels, which keeps the norm local to a
+tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def gated_rms_norm_reference(y: Tensor, gate: Tensor, weight_D: Tensor, num_grou
 
 def check_groups(num_channels: int, num_groups: int) -> None:
     if num_groups <= 0 or num_channels % num_groups:
-        raise ValueError(f"{num_channels} channels do not divide into {num_groups} norm groups; num_groups must divide the channels of this rank")
+        raise ValueError(f"{num_channels} channels do not divide into {num_groups} norm groups; num_groups must divide this rank's channels")
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ def rope_tables(positions_L: Tensor, rotary_dim: int, base: float = 10000.0) -> 
     Raises ValueError when `rotary_dim` is odd or not positive.
     """
     if rotary_dim <= 0 or rotary_dim % 2:
-        raise ValueError(f"rotary_dim must be a positive even number of channels, got {rotary_dim}; round the rotary share of head_dim to even")
+        raise ValueError(f"rotary_dim must be a positive even number of channels, got {rotary_dim}; round it to even")
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions_L.device) / rotary_dim
     angles = positions_L.to(torch.float64)[:, None] * torch.pow(base, -exponents)[None, :]
     return angles.cos().float(), angles.sin().float()
@@ -26,7 +26,7 @@ def apply_rope(x_BLHP: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     """
     half = cos_LR.shape[-1]
     if 2 * half > x_BLHP.shape[-1]:
-        raise ValueError(f"the tables rotate {2 * half} channels but the heads have {x_BLHP.shape[-1]}; build them with rotary_dim <= head_dim")
+        raise ValueError(f"the tables rotate {2 * half} channels but the heads have {x_BLHP.shape[-1]}; build them for at most head_dim")
     cos, sin = cos_LR[:, None, :], sin_LR[:, None, :]
     first, second, rest = x_BLHP[..., :half], x_BLHP[..., half : 2 * half], x_BLHP[..., 2 * half :]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BLHP.dtype)

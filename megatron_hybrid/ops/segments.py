@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def number_documents(segment_ids_BL: Tensor) -> Tensor:
-    """Running document number of each position, [B, L] int64 from 0: it grows by one wherever `segment_ids_BL` differs from the position before.
+    """Running document number of each position, [B, L] int64 from 0: it grows by one wherever the id differs from the one before.
 
     Two positions belong to one document exactly when their numbers are equal, even if a later document reuses an earlier id.
     """

@@ -33,8 +33,8 @@ def ssd_reference(
     Args:
         x_BLHP: inputs, P channels per head. B_BLGN, C_BLGN: same dtype as x; H must be a multiple of G.
         dt_raw_BLH: step sizes before bias and softplus. A_log_H, D_H, dt_bias_H: per head, kept in fp32 by the model.
-        segment_ids_BL: integer document ids; the state is zeroed wherever the id changes. The first document continues `initial_state_BHPN`.
-        initial_state_BHPN: state before the first position; zero if None.
+        segment_ids_BL: integer document ids; the state is zeroed wherever the id changes.
+        initial_state_BHPN: state before the first position, which the first document continues; zero if None.
 
     Returns:
         y_BLHP in the dtype of x, and the state after the last position [B, H, P, N] in fp32 (fp64 for fp64 inputs).
@@ -53,7 +53,9 @@ def ssd_reference(
         document_BL = number_documents(segment_ids_BL)
         starts_BL = F.pad(document_BL[:, 1:] != document_BL[:, :-1], (1, 0))
         decay_BLH = decay_BLH.masked_fill(starts_BL[:, :, None], 0)
-    state = x_wide.new_zeros(x_BLHP.shape[0], *x_BLHP.shape[2:], B_BLGN.shape[-1]) if initial_state_BHPN is None else initial_state_BHPN.to(wide)
+    if initial_state_BHPN is None:
+        initial_state_BHPN = x_wide.new_zeros(x_BLHP.shape[0], *x_BLHP.shape[2:], B_BLGN.shape[-1])
+    state = initial_state_BHPN.to(wide)
     outputs = []
     for t in range(x_BLHP.shape[1]):
         update_BHPN = (dt_BLH[:, t, :, None] * x_wide[:, t])[..., None] * B_BLHN[:, t, :, None, :]
@@ -72,7 +74,7 @@ def ssd_step(
     D_H: Tensor,
     dt_bias_H: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One decoding step: `ssd_reference` at L = 1. Returns y [B, H, P] in the dtype of x and the new state, leaving `state_BHPN` as it was."""
+    """One decoding step: `ssd_reference` at L = 1. Returns y [B, H, P] in the dtype of x and the new state; `state_BHPN` stays as it was."""
     check_heads(x_BHP.shape[1], B_BGN.shape[1])
     num_heads_per_group = x_BHP.shape[1] // B_BGN.shape[1]
     B_BHN = B_BGN.to(state_BHPN.dtype).repeat_interleave(num_heads_per_group, dim=1)
@@ -86,4 +88,4 @@ def ssd_step(
 
 def check_heads(num_heads: int, num_groups: int) -> None:
     if num_heads % num_groups:
-        raise ValueError(f"{num_heads} heads cannot share {num_groups} groups of B and C evenly; heads must be a multiple of groups on every rank")
+        raise ValueError(f"{num_heads} heads cannot share {num_groups} groups of B and C evenly; heads must be a multiple on every rank")

@@ -1,19 +1,21 @@
 """The Mamba-2 scan as matrix products over chunks of the sequence (Dao and Gu 2024, section 6), with a hand-derived backward.
 
-Dimensions of chunked tensors: S chunks of K positions, B batch, G groups, R = H / G heads per group. The chunk axis leads, so that batch and
-groups, or batch and heads, merge into one batch axis of a product, and the heads of a group share one product wherever B or C is an operand.
+Dimensions of chunked tensors: S chunks of K positions, B batch, G groups, R = H / G heads per group. The chunk axis leads, so that batch
+and groups, or batch and heads, merge into one batch axis of a product, and the heads of a group share one product wherever B or C is an
+operand.
 
 Inside a chunk let c_t be the cumulative log decay. With l a target, s a source position, and H_c the state in front of chunk c,
 
     y_l = sum_{s <= l} (C_l B_s) W_ls x_s + out_l H_c C_l + D x_l     W_ls = exp(c_l - c_s) dt_s     out_l = exp(c_l)
     H_c = sum_{z <= c} T_cz (states of chunk z - 1)                   chunk state = sum_s into_s x_s B_s^T,  into_s = exp(c_K - c_s) dt_s
 
-where T holds the decays between chunk boundaries and its column 0 the initial state. dt enters as log dt under the same exponential. All
-exponents are at most log dt; whatever a mask removes gets exponent -inf before exponentiation, so that nothing overflows forward or backward.
+where T holds the decays between chunk boundaries and its column 0 those of the initial state. dt enters as log dt under the same
+exponential. All exponents are at most log dt; whatever a mask removes gets exponent -inf before exponentiation, so that nothing overflows
+forward or backward.
 
-The backward recomputes W, out, into, T and C B^T; only the inputs and the states H_c are kept. The gradient of a decay step t sums what passes
-over t, split so that no term cancels against another one that was rounded differently: within the chunk (rows minus columns of the same
-products), from the chunk's initial state to targets at or after t, from sources before t to the chunk's end, and from end to end.
+The backward recomputes W, out, into, T and C B^T; only the inputs and the states H_c are kept. The gradient of a decay step t sums what
+passes over t, split so that no term cancels against another one that was rounded differently: within the chunk (rows minus columns of the
+same products), from the chunk's initial state to targets at or after t, from sources before t to the chunk's end, and from end to end.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class _Decays(NamedTuple):
 
 
 def _decays(dt_SBHK: Tensor, A_H: Tensor, document_SBK: Tensor | None) -> _Decays:
-    # Below this exponent exp2 is zero in the given precision: bounding steps there changes no result and keeps differences of sums exact enough.
+    # below this exponent exp2 is zero in the given precision: bounding steps there changes no result, and keeps differences of sums precise
     lowest_exponent = -150.0 if dt_SBHK.dtype == torch.float32 else -1100.0
     step_SBHK = (dt_SBHK * (A_H * LOG2_E)[:, None]).clamp_min_(lowest_exponent)
     may_read_KK, may_carry_ZZ = _lower_triangle(dt_SBHK.shape[-1], dt_SBHK), _lower_triangle(dt_SBHK.shape[0] + 1, dt_SBHK)

@@ -42,7 +42,8 @@ _PEAK_BF16_TFLOPS = (
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Return what to keep beside a run's results, as plain JSON values."""
     return {
-        "command": sys.orig_argv,
+        # Not sys.orig_argv: in a local rank that is multiprocessing's own command, while argv is the launcher's.
+        "command": [sys.executable, *sys.argv],
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),

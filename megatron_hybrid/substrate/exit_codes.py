@@ -15,4 +15,8 @@ class ExitCode(enum.IntEnum):
     BAD_INPUT = 2
     """The options, the layout or the input files are wrong; nothing was started."""
     STOPPED = 85
-    """SIGTERM or SIGUSR1 came; the run saved and can be continued by the same command."""
+    """SIGTERM or SIGUSR1 came, or train.exit_after_steps was reached; the run saved and the same command continues it."""
+
+
+class RunError(RuntimeError):
+    """A run that began cannot go on, and the message alone says why: it is printed without a traceback, with exit code 1."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.substrate.exit_codes import ExitCode, RunError
 
 _POLL_S = 0.5
 _PRECEDENCE_S = 2.0
@@ -82,7 +82,7 @@ def describe_failure(error: BaseException, entry: Callable[..., object]) -> tupl
         return 128 + 2, "interrupted"
     if isinstance(error, FileNotFoundError) or (isinstance(error, ValueError) and _raised_by(error, entry)):
         return ExitCode.BAD_INPUT, f"error: {error}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | RunError):
         return ExitCode.ERROR, f"error: {error}"
     return ExitCode.ERROR, "".join(traceback.format_exception(error)).rstrip()
 

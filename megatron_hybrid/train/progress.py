@@ -28,6 +28,7 @@ class StepRecord:
     """Tokens consumed so far."""
     samples: int
     """Data position: global index of the next sample."""
+    total_samples: int
     metrics: dict[str, float]
     """The task's metrics, ``loss`` among them."""
     grad_norm: float
@@ -70,6 +71,7 @@ class Progress:
             total_steps=self.run.train.steps,
             tokens=state.samples * self.run.data.sequence_length,
             samples=state.samples,
+            total_samples=self.run.train.steps * self.run.train.global_batch_size,
             metrics=result.metrics,
             grad_norm=result.grad_norm,
             learning_rate=learning_rate,

@@ -13,10 +13,11 @@ from torch import distributed
 
 from megatron_hybrid.data.hashing import combine_hashes
 from megatron_hybrid.substrate.context import Substrate
+from megatron_hybrid.substrate.exit_codes import RunError
 from megatron_hybrid.train.task import Metrics, StepData, Task
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(RunError):
     """The loss or the gradient is not a finite number; nothing can be gained by going on."""
 
 

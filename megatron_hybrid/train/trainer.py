@@ -56,7 +56,10 @@ class Trainer:
         self.chunks = wrap_data_parallel(task.build_chunks(), run, config)
         self.optimizer = build_optimizer(self.chunks, run)
         self.store = CheckpointStore(
-            run.run_dir / "checkpoints", keep_last=run.checkpoint.keep_last, asynchronous=run.checkpoint.asynchronous
+            run.run_dir / "checkpoints",
+            keep_last=run.checkpoint.keep_last,
+            asynchronous=run.checkpoint.asynchronous,
+            group=substrate.control_group,
         )
         self.saved_step: int | None = None
         connect_schedules(config, self.chunks, self.optimizer)
@@ -88,6 +91,7 @@ class Trainer:
                     self.save()
         self.save()
         self.store.finish_pending(blocking=True)
+        self.stop.close()
         self._notify("on_end", exit_code)
         return exit_code
 
@@ -105,7 +109,7 @@ class Trainer:
         header = read_header(newest)
         check_header(header, model=self.task.architecture(), training=self._training_kind())
         self.task.check_fingerprint(header["data"])
-        loaded = load(newest, self._sharded_state(is_loading=True))
+        loaded = load(newest, self._sharded_state(is_loading=True), group=self.substrate.control_group)
         self._take_weights(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
         self.state = TrainState(**header["state"])
@@ -162,7 +166,7 @@ class Trainer:
     def _load_weights(self) -> None:
         path = self.run.checkpoint.initialize_from
         check_header(read_header(path), model=self.task.architecture())
-        self._take_weights(load(path, {"model": self._sharded_model()})["model"])
+        self._take_weights(load(path, {"model": self._sharded_model()}, group=self.substrate.control_group)["model"])
         # The fp32 masters were made from the random weights; make them anew.
         self.optimizer.reload_model_params()
         _log.info("initialised the weights from %s", path)

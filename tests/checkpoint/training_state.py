@@ -18,7 +18,6 @@ from megatron_hybrid.layers.parameters import normal
 from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.model.initialize import initialize_parameters
-from megatron_hybrid.substrate import Substrate
 from megatron_hybrid.substrate.groups import initialize
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from megatron_hybrid.train.optimizer import build_optimizer, wrap_data_parallel

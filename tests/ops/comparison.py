@@ -27,7 +27,8 @@ def assert_equivalent(fast: Callable, specification: Callable, inputs: Mapping[s
     actual, expected = results_and_gradients(fast, inputs, options), results_and_gradients(specification, inputs, options)
     for name, reference in expected.items():
         assert actual[name].dtype == reference.dtype and actual[name].shape == reference.shape, name
-        assert relative_difference(actual[name], reference) <= bound, f"{name}: {relative_difference(actual[name], reference):.2e} > {bound:.0e}"
+        difference = relative_difference(actual[name], reference)
+        assert difference <= bound, f"{name}: {difference:.2e} > {bound:.0e}"
 
 
 def relative_difference(actual: Tensor, reference: Tensor) -> float:

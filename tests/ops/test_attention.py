@@ -16,7 +16,9 @@ FAST = pytest.mark.parametrize("attention", [attention_sdpa, small_blocks, atten
 PRECISIONS = pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 
 
-def make_inputs(*, queries: int = 33, keys: int = 33, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def make_inputs(
+    *, queries: int = 33, keys: int = 33, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(queries + keys)
 
     def random(length: int, num_heads: int) -> Tensor:

@@ -63,7 +63,8 @@ def test_padding_rows_get_no_probability_and_no_gradient() -> None:
         named, expected = results_and_gradients(operation, inputs, options), results_and_gradients(operation, cut, options)
         torch.testing.assert_close(named["result 0"], expected["result 0"])
         assert not named["gradient of weight_VD"][VOCAB_SIZE:].any()
-    named = results_and_gradients(cross_entropy, {"logits": torch.full((7, 3, PADDED_SIZE), 3.0)}, {"labels": labels, "vocab_size": VOCAB_SIZE})
+    equal_logits = {"logits": torch.full((7, 3, PADDED_SIZE), 3.0)}
+    named = results_and_gradients(cross_entropy, equal_logits, {"labels": labels, "vocab_size": VOCAB_SIZE})
     torch.testing.assert_close(named["result 0"], torch.full((7, 3), float(VOCAB_SIZE)).log())
     assert not named["gradient of logits"][..., VOCAB_SIZE:].any()
 
@@ -74,8 +75,9 @@ def test_large_logits_stay_finite() -> None:
     options = {"labels": labels, "vocab_size": VOCAB_SIZE}
     weighted = options | {"token_weights": torch.ones(7, 3)}
     logits = inputs["hidden"] @ inputs["weight_VD"].t()
-    for named in (results_and_gradients(linear_cross_entropy, inputs, weighted), results_and_gradients(cross_entropy, {"logits": logits}, options)):
-        assert all(torch.isfinite(tensor).all() for tensor in named.values())
+    fused = results_and_gradients(linear_cross_entropy, inputs, weighted)
+    plain = results_and_gradients(cross_entropy, {"logits": logits}, options)
+    assert all(torch.isfinite(tensor).all() for named in (fused, plain) for tensor in named.values())
 
 
 def test_without_gradients_it_forms_none() -> None:

@@ -38,7 +38,8 @@ def test_gated_rms_norm_equals_the_specification(dtype: torch.dtype, bound: floa
 
 
 def test_gradients_match_finite_differences() -> None:
-    y, gate, weight = (random(seed, *shape, dtype=torch.float64).requires_grad_() for seed, shape in enumerate([(3, 2, 6), (3, 2, 6), (6,)]))
+    shapes = [(3, 2, 6), (3, 2, 6), (6,)]
+    y, gate, weight = (random(seed, *shape, dtype=torch.float64).requires_grad_() for seed, shape in enumerate(shapes))
     assert torch.autograd.gradcheck(lambda *tensors: rms_norm(*tensors, EPS), (y, weight))
     assert torch.autograd.gradcheck(lambda *tensors: gated_rms_norm(*tensors, 3, EPS), (y, gate, weight))
 

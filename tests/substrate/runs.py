@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_hybrid.config.schema import RunConfig
 from megatron_hybrid.substrate import ExitCode, StopRequest, Substrate
+from megatron_hybrid.substrate.environment import describe_environment
 from megatron_hybrid.substrate.launch import run_on_ranks
 from megatron_hybrid.substrate.quiet import silence_known_warnings
 
@@ -37,10 +38,11 @@ def small_run(
 
 
 def finish(config: RunConfig, substrate: Substrate) -> ExitCode:
-    """Say where this rank is, and agree with the others."""
+    """Say where this rank is and what command it belongs to, and agree with the others."""
     total = torch.ones(1, device=substrate.device)
     dist.all_reduce(total)
-    say(f"rank {substrate.rank} of {substrate.world_size}, tensor {substrate.tensor_rank}, all {total.item():g}")
+    command = " ".join(describe_environment(substrate.device)["command"][-2:])
+    say(f"rank {substrate.rank} of {substrate.world_size}, tensor {substrate.tensor_rank}, all {total.item():g}, by {command}")
     return ExitCode.FINISHED
 
 

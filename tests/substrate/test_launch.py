@@ -99,7 +99,7 @@ def free_port() -> int:
 def test_a_plain_start_makes_the_ranks_of_the_layout() -> None:
     done = launch("finish", "tensor=2")
     assert done.returncode == ExitCode.FINISHED, done.stderr
-    assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 2, tensor {rank}, all 2" for rank in range(2)]
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank} of 2, tensor {rank}, all 2, by finish tensor=2" for rank in range(2)]
     assert done.stderr == ""
 
 
@@ -168,7 +168,7 @@ def test_given_ranks_are_used(environments: Callable[[int], list[dict[str, str]]
     ends = run_as_given_ranks("finish", ["tensor=2"], environments(2))
     for rank, (code, output, errors) in enumerate(ends):
         assert code == ExitCode.FINISHED, errors
-        assert output == f"rank {rank} of 2, tensor {rank}, all 2\n"
+        assert output == f"rank {rank} of 2, tensor {rank}, all 2, by finish tensor=2\n"
 
 
 def test_given_ranks_fail_together_and_one_speaks() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.substrate.groups import initialize, shutdown
+from megatron_hybrid.substrate.exit_codes import RunError
+from megatron_hybrid.substrate.groups import destroy_groups, initialize, shutdown
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from megatron_hybrid.tasks.pretrain import Pretraining
 from megatron_hybrid.train.callback import Callback
@@ -79,13 +80,10 @@ def train(run: RunConfig, extra_callbacks: tuple[Callback, ...] = (), *, logged:
 
 
 def raised_by(fn: Callable[..., Any], *arguments: Any) -> str:
-    """The message of the ValueError that ``fn`` raises; runs on every rank."""
+    """The message of the error, meant for the user, that ``fn`` raises; runs on every rank."""
     try:
         fn(*arguments)
-    except ValueError as error:
-        if torch.distributed.is_initialized():
-            from megatron_hybrid.substrate.groups import destroy_groups
-
-            destroy_groups()
+    except (ValueError, RunError) as error:
+        destroy_groups()
         return str(error)
     return "nothing was raised"

@@ -42,7 +42,7 @@ def format_record(record: StepRecord) -> str:
         f"{_scaled(record.tokens_per_s):>6} tok/s",
         f"{record.tflops_per_rank:7.3f} TFLOP/s" + ("" if record.mfu is None else f" ({record.mfu:5.1%})"),
         f"{record.memory_gib:6.2f} GiB",
-        f"data {record.samples}",
+        f"data {record.samples:<{len(str(record.total_samples))}}",
         f"eta {format_duration(record.eta_s)}",
     ]
     return "  ".join(fields)

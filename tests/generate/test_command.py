@@ -1,0 +1,178 @@
+"""The command from end to end: a run directory in, text out; what training wrote in any layout is read on one rank."""
+
+from __future__ import annotations
+
+import io
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from megatron_hybrid.__main__ import main
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.run_directory import prepare_run_directory
+from megatron_hybrid.substrate.groups import initialize, shutdown
+from megatron_hybrid.substrate.transformer_config import build_transformer_config
+from megatron_hybrid.tasks.pretrain import Pretraining
+from megatron_hybrid.train.trainer import Trainer
+from tests.runs import EOD_ID, VOCAB_SIZE, small_run, write_corpus
+
+LAYOUTS = {"one": {}, "tp2": {"tensor": 2, "sequence_parallel": True}, "pp2": {"pipeline": 2}}
+PROMPT = "t5 t17 t3 t200"
+
+
+def train(run: RunConfig) -> None:
+    """Train to the end and save; runs on every rank."""
+    substrate = initialize(run)
+    config = build_transformer_config(run, substrate)
+    prepare_run_directory(run, substrate)
+    Trainer(run, Pretraining(run, config, substrate), config, substrate).train()
+    shutdown(substrate)
+
+
+def command(*arguments: str) -> tuple[int | str | None, str, str]:
+    """Exit code, stdout and stderr of ``generate``, run in a process of its own: it sets threads and determinism."""
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(["generate", *arguments])
+        except SystemExit as exit_:
+            code = exit_.code
+    out.seek(0)
+    return code, out.read(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, and a tokenizer whose words are t1, t2..."""
+    folder = tmp_path_factory.mktemp("generate")
+    write_corpus(folder / "text")
+    vocabulary = {"<|endoftext|>": EOD_ID} | {f"t{token}": token for token in range(1, VOCAB_SIZE)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t1"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dirs(folder: Path, rank_pool) -> dict[str, Path]:
+    """A run in each layout; the first with two checkpoints."""
+    for name, layout in LAYOUTS.items():
+        run = small_run(
+            folder,
+            run_dir=folder / name,
+            parallel=layout,
+            data={"tokenizer": {"kind": "huggingface", "path": folder / "tokenizer.json"}},
+            checkpoint={"every_steps": 2 if name == "one" else None},
+            train={"steps": 4},
+        )
+        rank_pool.run(train, run.parallel.model_ranks, run)
+    return {name: folder / name for name in LAYOUTS}
+
+
+@pytest.fixture
+def generate(run_ranks):
+    """``generate(*arguments)``: exit code, stdout and stderr of the command."""
+    return lambda *arguments: run_ranks(command, 1, *map(str, arguments))[0]
+
+
+def test_every_layout_that_trained_gives_the_same_text(run_dirs: dict[str, Path], generate) -> None:
+    for options in (["--temperature", 0], ["--seed", 3, "--top-p", 0.9]):
+        texts = set()
+        for run_dir in run_dirs.values():
+            code, out, err = generate(run_dir, "--prompt", PROMPT, "--max-new-tokens", 12, *options)
+            assert code == 0, err
+            assert out.startswith(f"{PROMPT} t") and len(out.split()) == 4 + 12, out
+            texts.add(out)
+        assert len(texts) == 1, texts
+
+
+def test_a_seed_repeats_and_is_reported_where_none_was_given(run_dirs: dict[str, Path], generate) -> None:
+    code, text, err = generate(run_dirs["one"], "--prompt", PROMPT, "--max-new-tokens", 8)
+    (seed,) = re.findall(r"seed (\d+)", err)
+    assert generate(run_dirs["one"], "--prompt", PROMPT, "--max-new-tokens", 8, "--seed", seed)[1] == text
+    assert generate(run_dirs["one"], "--prompt", PROMPT, "--max-new-tokens", 8, "--seed", int(seed) + 1)[1] != text
+
+
+def test_several_prompts_stand_apart_and_do_not_touch_one_another(run_dirs: dict[str, Path], folder: Path, generate) -> None:
+    (folder / "prompt.txt").write_text("t9 t9\n")
+    options = ("--max-new-tokens", 6, "--temperature", 0)
+    code, out, err = generate(run_dirs["one"], "--prompt", PROMPT, "--prompt-file", folder / "prompt.txt", *options)
+    assert code == 0
+    alone = [generate(run_dirs["one"], "--prompt", prompt, *options)[1] for prompt in (PROMPT, "t9 t9\n")]
+    assert out == f"=== 1 of 2 ===\n{alone[0]}=== 2 of 2 ===\n{alone[1]}"
+    assert len(re.findall(r"\d prompt tokens in [\d.]+ s, 6 new ones at [\d.]+ tokens/s; --max-new-tokens reached", err)) == 2
+
+
+def test_a_checkpoint_can_be_chosen_and_a_damaged_one_is_passed_over(run_dirs: dict[str, Path], generate) -> None:
+    options = ("--prompt", PROMPT, "--max-new-tokens", 40, "--seed", 1)
+    newest, step_2 = (generate(run_dirs["one"], *options, *which) for which in ((), ("--checkpoint", 2)))
+    assert "step_00000004" in newest[2] and "step_00000002" in step_2[2]
+    assert newest[1] != step_2[1]
+    shard = next((run_dirs["one"] / "checkpoints" / "step_00000004").glob("*.distcp"))
+    intact = shard.read_bytes()
+    try:
+        shard.write_bytes(intact[:5000] + bytes([intact[5000] ^ 1]) + intact[5001:])
+        code, out, err = generate(run_dirs["one"], *options)
+        assert code == 0 and out == step_2[1] and "step_00000002" in err
+        code, out, err = generate(run_dirs["one"], *options, "--checkpoint", 4)
+        assert code == 2 and "use another checkpoint" in err and "Traceback" not in err and not out
+    finally:
+        shard.write_bytes(intact)
+
+
+def test_what_the_run_directory_lacks_is_named(run_dirs: dict[str, Path], folder: Path, generate) -> None:
+    empty = folder / "empty"
+    empty.mkdir()
+    assert_refused(generate(empty, "--prompt", PROMPT), "no run directory: it has no config.yaml")
+    config = (run_dirs["one"] / "config.yaml").read_text()
+    (empty / "config.yaml").write_text(config)
+    assert_refused(generate(empty, "--prompt", PROMPT), "no sound checkpoint (it has none)")
+    (empty / "config.yaml").write_text(config + "surprise: 1\n")
+    assert_refused(generate(empty, "--prompt", PROMPT), "unknown option 'surprise'")
+    (empty / "config.yaml").write_text(config.replace("tokenizer.json", "gone.json"))
+    (empty / "checkpoints").symlink_to(run_dirs["one"] / "checkpoints")
+    assert_refused(generate(empty, "--prompt", PROMPT), "gone.json does not exist")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", ""), "has no tokens"),
+        (("--prompt", "t1", "--temperature", "-1"), "temperature must be"),
+        (("--prompt", "t1", "--top-p", "1.5"), "top_p must be"),
+        (("--prompt", "t1", "--checkpoint", "3"), "no checkpoint of step 3; it has those of steps 2, 4"),
+    ],
+)
+def test_bad_values_are_one_message_and_code_2(arguments: tuple[str, ...], message: str, run_dirs: dict[str, Path], generate) -> None:
+    assert_refused(generate(run_dirs["one"], *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a --prompt or a --prompt-file"),
+        (("--prompt", "t1", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1, got 0"),
+        (("--prompt", "t1", "--seed", "-1"), "--seed must be"),
+        (("--prompt-file", "none.txt"), "cannot read none.txt: No such file or directory"),
+    ],
+)
+def test_bad_usage_is_refused_before_anything_is_loaded(arguments: tuple[str, ...], message: str) -> None:
+    assert_refused(command("run", *arguments), message)
+
+
+def test_a_prompt_file_must_be_text(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    assert_refused(command("run", "--prompt-file", str(tmp_path / "bytes")), "no text in UTF-8")
+
+
+def test_help_has_an_example() -> None:
+    code, out, _ = command("--help")
+    assert code == 0 and 'generate runs/quickstart/model --prompt "import os"' in out
+
+
+def assert_refused(outcome: tuple[int, str, str], message: str) -> None:
+    code, out, err = outcome
+    assert code == 2 and message in err and "Traceback" not in err and not out, outcome

@@ -1,0 +1,80 @@
+"""What a run says: aligned lines, complete records, a curve."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.train.callbacks.console import format_duration, format_record
+from megatron_hybrid.train.callbacks.loss_curve import draw_loss_curve
+from megatron_hybrid.train.callbacks.metrics_file import read_metrics
+from megatron_hybrid.train.progress import StepRecord
+from tests.runs import small_run, write_corpus
+from tests.train.training import train
+
+RECORD = StepRecord(
+    step=7,
+    total_steps=200,
+    tokens=7 * 2048,
+    samples=56,
+    total_samples=1600,
+    metrics={"loss": 6.25},
+    grad_norm=1.5,
+    learning_rate=3e-4,
+    step_s=0.5,
+    tokens_per_s=4096.0,
+    tflops_per_rank=0.25,
+    mfu=None,
+    memory_gib=0.5,
+    eta_s=96.5,
+    data_hash="00ff",
+)
+
+
+def test_lines_align() -> None:
+    first, last = format_record(RECORD), format_record(replace(RECORD, step=200, samples=1600, metrics={"loss": 12.5}, tokens_per_s=123456.0))
+    assert "step 7/200" in first and "loss   6.2500" in first and "4.1K tok/s" in first and "eta 1:36" in first
+    for word in ("loss", "grad", "lr", "tok/s", "TFLOP/s", "GiB", "data", "eta"):
+        assert first.index(word) == last.index(word), word
+
+
+def test_mfu_is_shown_where_the_peak_is_known() -> None:
+    assert "(53.7%)" in format_record(replace(RECORD, mfu=0.537))
+    assert "%" not in format_record(RECORD)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (200000, "2d 07:33")])
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_run_leaves_metrics_curve_and_events(tmp_path: Path, run_ranks) -> None:
+    write_corpus(tmp_path / "text")
+    write_corpus(tmp_path / "held-out", seed=1)
+    validation = {"sources": {"held-out": tmp_path / "held-out", "text": tmp_path / "text"}, "every_steps": 2, "num_batches": 1}
+    run = small_run(tmp_path, validation=validation, logging={"tensorboard": True}, parallel={"pipeline": 2})
+    outcomes = run_ranks(train_logged, 2, run)
+    assert outcomes[0].exit_code == ExitCode.FINISHED
+    lines = read_metrics(run.run_dir / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["metrics"]["loss"] for line in steps] == outcomes[0].losses
+    assert [line["samples"] for line in steps] == [8, 16, 24, 32, 40]
+    validations = [line for line in lines if line["kind"] == "validation"]
+    assert [(line["step"], set(line["losses"])) for line in validations] == [(step, {"held-out", "text"}) for step in (2, 4, 5)]
+    assert (run.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run.run_dir / "tensorboard").iterdir())
+
+
+def train_logged(run):
+    return train(run, logged=True)
+
+
+def test_curve_survives_a_line_cut_short(tmp_path: Path) -> None:
+    line = {"kind": "step", "step": 1, "tokens": 320, "metrics": {"loss": 5.0}, "learning_rate": 1e-3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line)[:20])
+    draw_loss_curve(tmp_path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
