@@ -182,7 +182,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"dtype": arguments.dtype, "threads": arguments.threads, "clock": clock_name, "times_ms": measured}))
         return
-    print(f"{arguments.dtype}, threads: {arguments.threads}, forward + backward, {clock_name} in ms: median (minimum) of {arguments.repeats}")
+    print(f"{arguments.dtype}, threads: {arguments.threads}, forward + backward, {clock_name}, ms: median (minimum) of {arguments.repeats}")
     print(f"{'op':<22}{'cpu':>18}{'reference':>20}{'transformers':>20}{'transformers / cpu':>20}")
     for name, times_ms in measured.items():
         medians = {version: statistics.median(values) for version, values in times_ms.items()}

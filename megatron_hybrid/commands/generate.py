@@ -22,8 +22,8 @@ _EPILOG = """examples:
   python -m megatron_hybrid generate runs/quickstart/model --prompt-file prompt.txt --max-new-tokens 200 --temperature 0
   python -m megatron_hybrid generate runs/quickstart/model --prompt "def main(" --checkpoint 200 --seed 7
 
-The text goes to stdout as it comes, prompt first; what else there is to say goes to stderr. Generation stops where the model ends the document. One rank
-generates, whatever layout trained the model.
+The text goes to stdout as it comes, prompt first; what else there is to say goes to stderr. Generation stops where the model ends the
+document. One rank generates, whatever layout trained the model.
 """
 
 
@@ -36,18 +36,15 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_dir", type=Path, help="run directory of a pretraining run")
-    parser.add_argument("--prompt", dest="prompts", metavar="TEXT", action="append", help="text to continue, the beginning of a document; may be repeated")
-    parser.add_argument(
-        "--prompt-file", dest="prompts", metavar="FILE", action="append", type=_read_prompt, help="file whose whole text is a prompt; may be repeated"
-    )
+    prompt = {"dest": "prompts", "action": "append"}
+    parser.add_argument("--prompt", **prompt, metavar="TEXT", help="text to continue, the beginning of a document; may be repeated")
+    parser.add_argument("--prompt-file", **prompt, metavar="FILE", type=_read_prompt, help="file whose whole text is a prompt")
     parser.add_argument("--checkpoint", metavar="STEP", type=int, help="use the checkpoint of this step (default: the newest sound one)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="tokens after which to stop (default: %(default)s)")
-    parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0 takes the most probable token each time (default: %(default)s)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0: always the most probable token (default: 1)")
     parser.add_argument("--top-k", metavar="K", type=int, help="choose among the K most probable tokens (default: all)")
-    parser.add_argument(
-        "--top-p", metavar="P", type=float, default=1.0, help="choose among the fewest tokens with this probability together (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, help="the first prompt's seed; each further prompt's is one more (default: a random one, which is reported)")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="choose among the fewest tokens with this total probability")
+    parser.add_argument("--seed", type=int, help="the first prompt's seed; each further one has one more (default: a random one, reported)")
     arguments = parser.parse_args(argv)
     if not arguments.prompts:
         parser.error("give a --prompt or a --prompt-file")
@@ -90,9 +87,8 @@ def _generate(arguments: argparse.Namespace, sampling: Sampling, run: RunConfig,
     from megatron_hybrid.substrate import ExitCode
 
     language_model = load_language_model(run, arguments.run_dir, substrate, step=arguments.checkpoint)
-    encoded = [
-        encode_prompt(prompt, language_model.tokenizer, resets_at_documents=language_model.resets_at_documents) for prompt in arguments.prompts
-    ]
+    tokenizer, resets_at_documents = language_model.tokenizer, language_model.resets_at_documents
+    encoded = [encode_prompt(prompt, tokenizer, resets_at_documents=resets_at_documents) for prompt in arguments.prompts]
     _report(f"{language_model.checkpoint} in {run.train.precision} on {substrate.device}, seed {arguments.seed}")
     # A terminal that cannot show a character shows a question mark.
     sys.stdout.reconfigure(errors="replace")

@@ -7,6 +7,7 @@ of 64-bit arithmetic and not on a library's random generator.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,6 +17,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 _MASK_64 = (1 << 64) - 1
 _MASK_63 = (1 << 63) - 1
+_FEISTEL_ROUNDS = 6
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
@@ -35,6 +37,37 @@ def seeded_permutation(length: int, *key: int | str) -> np.ndarray:
     """Return the numbers 0 to ``length - 1`` (int64) in an order that depends on ``key`` alone."""
     counters = np.arange(length, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA) + np.uint64(key64(*key))
     return np.argsort(mix64(counters), kind="stable")
+
+
+class SeededShuffle:
+    """The numbers 0 to ``length - 1`` in an order that depends on ``key`` alone, one at a time and without a table.
+
+    A Feistel network over pairs (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): a number is written as a pair of digits to a base of about the root of
+    ``length``; each round shifts one digit by a hash of the other, which can be undone, so the whole is a permutation of the pairs. The few pairs beyond ``length`` are walked on
+    until one lies inside.
+    """
+
+    def __init__(self, length: int, *key: int | str) -> None:
+        self.length = length
+        self._base = math.isqrt(max(length - 1, 0)) + 1
+        self._round_keys = [key64(*key, round_number) for round_number in range(_FEISTEL_ROUNDS)]
+
+    def __getitem__(self, position: int) -> int:
+        """Return the number at ``position``."""
+        while True:
+            high, low = divmod(position, self._base)
+            for key in self._round_keys:
+                high, low = low, (high + _scrambled(low ^ key)) % self._base
+            position = high * self._base + low
+            if position < self.length:
+                return position
+
+
+def _scrambled(value: int) -> int:
+    """SplitMix64's finaliser on one Python integer, as ``mix64`` on arrays."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
 
 
 def sample_hashes(indices: np.ndarray, tokens_BL: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hybrid.data.hashing import seeded_permutation
+from megatron_hybrid.data.hashing import SeededShuffle, seeded_permutation
 from megatron_hybrid.data.indexed import CorpusError, IndexedCorpus
 
 _CACHED_EPOCHS = 2
@@ -19,20 +19,23 @@ _DIGEST_TOKENS = 4096
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The order of the documents in one pass over a corpus."""
+    """The order of the documents, and then of the samples cut from them, in one pass over a corpus."""
 
     documents: np.ndarray
     """Document at each place, [num_documents]."""
     ends: np.ndarray
     """Tokens up to and with each place, int64 [num_documents]."""
+    samples: SeededShuffle
+    """Place of each sample in the row of documents."""
 
 
 class SampleSource:
     """Samples of ``sequence_length`` tokens from the documents of a corpus, shuffled anew for every epoch.
 
-    Sample ``i`` is sample ``k = i mod S`` of epoch ``i div S``, with ``S = (tokens - 1) div sequence_length`` samples per epoch: of the
-    epoch's documents, one after another, the tokens ``k L`` to ``k L + L`` (included: the last one is only a label). What remains at the
-    end of an epoch, less than a sample, is not seen in it; in the next, with another order of documents, it is other text.
+    Sample ``i`` is sample ``i mod S`` of epoch ``i div S``, with ``S = (tokens - 1) div sequence_length`` samples per epoch. An epoch puts
+    its documents one after another in a shuffled order and cuts them into samples ``k``: the tokens ``k L`` to ``k L + L`` (included: the
+    last one is only a label). The samples come in a shuffled order of their own, so that a batch is not one long document's pieces. What
+    remains at the end of an epoch, less than a sample, is not seen in it; in the next, with another order of documents, it is other text.
 
     Memory: 16 bytes per document for each of two cached epochs, built when first asked for.
 
@@ -56,9 +59,9 @@ class SampleSource:
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the L + 1 tokens of a sample and the places in it, 0 left out, at which documents begin (both int64)."""
-        number, place = divmod(index, self.samples_per_epoch)
+        number, sample = divmod(index, self.samples_per_epoch)
         epoch = self._epoch(number)
-        start = place * self._sequence_length
+        start = epoch.samples[sample] * self._sequence_length
         stop = start + self._sequence_length + 1
         first, last = np.searchsorted(epoch.ends, (start, stop - 1), side="right")
         corpus = self.corpus
@@ -91,7 +94,9 @@ class SampleSource:
         with self._lock:
             if number not in self._epochs:
                 documents = seeded_permutation(self.corpus.num_documents, "documents", self._seed, self.name, number)
-                self._epochs[number] = _Epoch(documents, np.cumsum(self.corpus.document_lengths[documents]))
+                ends = np.cumsum(self.corpus.document_lengths[documents])
+                samples = SeededShuffle(self.samples_per_epoch, "samples", self._seed, self.name, number)
+                self._epochs[number] = _Epoch(documents, ends, samples)
                 if len(self._epochs) > _CACHED_EPOCHS:
                     self._epochs.popitem(last=False)
             self._epochs.move_to_end(number)

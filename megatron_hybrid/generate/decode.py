@@ -73,7 +73,7 @@ def generate_tokens(
     for _ in range(max_new_tokens):
         logits_BV = decoder.advance(tokens_BL)[:, :vocab_size].to(generator.device)
         if not logits_BV.isfinite().all():
-            raise ValueError(f"the model's logits are not finite after {decoder.num_tokens} tokens: its training diverged; use an earlier checkpoint")
+            raise ValueError(f"the logits are not finite after {decoder.num_tokens} tokens: training diverged; use an earlier checkpoint")
         tokens_B = sample(logits_BV, sampling, generator)
         token = int(tokens_B)
         yield token

@@ -16,6 +16,7 @@ from megatron_hybrid.data.build import build_tokenizer
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.layers.specs import select_ops
 from megatron_hybrid.model.hybrid import HybridModel
+from megatron_hybrid.run_directory import CONFIG_NAME
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 
@@ -42,10 +43,9 @@ def load_run(run_dir: Path) -> RunConfig:
     Raises:
         ValueError: ``run_dir`` holds no configuration, or one that cannot be used.
     """
-    # The name that run_directory.py gives it.
-    file = run_dir / "config.yaml"
+    file = run_dir / CONFIG_NAME
     if not file.is_file():
-        raise ValueError(f"{run_dir} is no run directory: it has no config.yaml; give the run_dir of a pretraining run")
+        raise ValueError(f"{run_dir} is no run directory: it has no {CONFIG_NAME}; give the run_dir of a pretraining run")
     return load_config(file, _ONE_RANK)
 
 
@@ -65,7 +65,7 @@ def load_language_model(run: RunConfig, run_dir: Path, substrate: Substrate, *, 
     run = run.model_copy(update={"model": _saved_architecture(checkpoint, run.model)})
     tokenizer = build_tokenizer(run)
     if tokenizer is None:
-        raise ValueError(f"{run_dir / 'config.yaml'} names no tokenizer; set data.tokenizer in it to the one that made the corpora")
+        raise ValueError(f"{run_dir / CONFIG_NAME} names no tokenizer; set data.tokenizer in it to the one that made the corpora")
     return LanguageModel(_load_model(run, checkpoint, substrate), tokenizer, run.data.reset_at_documents, checkpoint)
 
 

@@ -58,7 +58,7 @@ def keep_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Set to -inf what comes, in order of probability, after the first tokens that together have at least ``top_p``; the first always stays."""
+    """Set to -inf what comes, by probability, after the first tokens that together have at least ``top_p``; the first always stays."""
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     share_BV = sorted_BV.softmax(-1)
     share_before_BV = share_BV.cumsum(-1) - share_BV

@@ -23,8 +23,8 @@ class Piece:
 def encode_prompt(prompt: str, tokenizer: Tokenizer, *, resets_at_documents: bool) -> list[int]:
     """Return the tokens of a prompt that begins a document, as training showed the beginnings of documents.
 
-    With ``resets_at_documents`` a document began with its own first token from an empty state, which is what new caches hold, and no loss was ever
-    taken after an end-of-document token. Without, it came after the end-of-document token of the one before, so that token comes first here too.
+    With ``resets_at_documents`` a document began from an empty state, which is what new caches hold, with its own first token, and nothing
+    ever came after an end-of-document token. Without, a document came after that token of the one before, so it comes first here too.
 
     Raises:
         ValueError: the prompt is empty or no Unicode text.
@@ -39,7 +39,9 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, *, resets_at_documents: boo
     return tokens if resets_at_documents else [tokenizer.eod_id, *tokens]
 
 
-def stream_text(language_model: LanguageModel, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, seed: int) -> Iterator[Piece]:
+def stream_text(
+    language_model: LanguageModel, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling, seed: int
+) -> Iterator[Piece]:
     """Continue the prompt (``encode_prompt``) until its document ends or there are ``max_new_tokens``.
 
     Raises:

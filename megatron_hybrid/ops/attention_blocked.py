@@ -1,7 +1,7 @@
 """Causal attention by blocks of queries (Dao 2023, "FlashAttention-2", section 3.1, with blocks along the queries only).
 
 Each block reads the keys up to its own end and no further, which saves close to half of the work, and the R query heads that share a key
-head form the rows of one product. The backward keeps one number per query, the log of the softmax's denominator, and recomputes the weights.
+head form the rows of one product. The backward keeps one number per query, log of the softmax's denominator, and recomputes the weights.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def linear_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def matmul_nt(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """`a @ b.T` in full precision, strides as they come; fp32 on CPU goes to oneDNN. For use inside autograd functions: no gradient of its own."""
+    """`a @ b.T` in full precision, strides as they come; fp32 on CPU goes to oneDNN. For autograd functions: no gradient of its own."""
     if a_MK.dtype == torch.float32 and a_MK.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
     return a_MK @ b_NK.t()
@@ -24,8 +24,8 @@ def matmul_nt(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 def weight_gradient(dy_MO: Tensor, x_MI: Tensor) -> Tensor:
     """`dy.T @ x`, the gradient [O, I] of a linear layer's weight, contiguous."""
-    # oneDNN is a third faster with the smaller side as the rows of the product
-    if dy_MO.shape[1] <= x_MI.shape[1]:
+    # in fp32 oneDNN is a third faster with the smaller side as the rows of the product
+    if dy_MO.dtype != torch.float32 or dy_MO.shape[1] <= x_MI.shape[1]:
         return matmul_nt(dy_MO.t(), x_MI.t())
     return matmul_nt(x_MI.t(), dy_MO.t()).t().contiguous()
 

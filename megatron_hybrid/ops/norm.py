@@ -29,7 +29,7 @@ def gated_rms_norm_reference(y: Tensor, gate: Tensor, weight_D: Tensor, num_grou
 
 def check_groups(num_channels: int, num_groups: int) -> None:
     if num_groups <= 0 or num_channels % num_groups:
-        raise ValueError(f"{num_channels} channels do not divide into {num_groups} norm groups; num_groups must divide this rank's channels")
+        raise ValueError(f"{num_channels} channels do not divide into {num_groups} norm groups; it must divide this rank's channels")
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -74,7 +74,7 @@ def ssd_step(
     D_H: Tensor,
     dt_bias_H: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One decoding step: `ssd_reference` at L = 1. Returns y [B, H, P] in the dtype of x and the new state; `state_BHPN` stays as it was."""
+    """`ssd_reference` at L = 1, for decoding. Returns y [B, H, P] in the dtype of x and the new state; `state_BHPN` is left alone."""
     check_heads(x_BHP.shape[1], B_BGN.shape[1])
     num_heads_per_group = x_BHP.shape[1] // B_BGN.shape[1]
     B_BHN = B_BGN.to(state_BHPN.dtype).repeat_interleave(num_heads_per_group, dim=1)

@@ -8,6 +8,11 @@ import warnings
 _WARNINGS = (
     # megatron-core without Transformer Engine: its torch fallbacks are what a CPU host is meant to use.
     r"Transformer Engine and Apex are not installed\. Falling back to .*",
+    r"Apex is not installed\. Falling back to Torch Norm",
+    # The distributed optimizer's fp32 shards are views, and it asks each whether it has a gradient.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed.*",
+    # Reading a checkpoint through torch's own reader.
+    r"`load_state_dict` is deprecated and will be removed in future versions.*",
     # Names that megatron-core 0.16.1 calls and torch 2.13 has newer ones for.
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated.*",
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_hybrid.data.blend import Blend, BlendPhase
+from megatron_hybrid.data.hashing import SeededShuffle
 from megatron_hybrid.data.indexed import CorpusError, IndexedCorpus
 from megatron_hybrid.data.source import SampleSource
 from megatron_hybrid.data.stream import SampleStream, require_same_data
@@ -39,7 +40,9 @@ def test_an_epoch_is_the_shuffled_documents_one_after_another(source: SampleSour
     documents = {tuple(source.corpus.read(number).tolist()) for number in range(source.corpus.num_documents)}
     orders = []
     for epoch in range(3):
-        samples = [source.read(epoch * source.samples_per_epoch + place)[0] for place in range(source.samples_per_epoch)]
+        places = SeededShuffle(source.samples_per_epoch, "samples", 7, "web", epoch)
+        shuffled = {places[index]: source.read(epoch * source.samples_per_epoch + index)[0] for index in range(source.samples_per_epoch)}
+        samples = [shuffled[place] for place in range(source.samples_per_epoch)]
         for this, following in zip(samples, samples[1:], strict=False):
             assert this.size == LENGTH + 1 and this[-1] == following[0], "the last label is the next sample's first input"
         row = np.concatenate([sample[:-1] for sample in samples])
@@ -49,6 +52,13 @@ def test_an_epoch_is_the_shuffled_documents_one_after_another(source: SampleSour
         assert set(found) <= documents
         orders.append(found)
     assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_long_document_is_spread_over_the_epoch(tmp_path: Path, write_corpus: Callable[..., Path]) -> None:
+    long = [list(range(2, 2 + LENGTH * 100))]
+    source = SampleSource("long", IndexedCorpus(write_corpus(tmp_path / "long", long, 10**6)), LENGTH, seed=0)
+    starts = [source.read(index)[0][0] for index in range(99)]
+    assert sum(later - earlier == LENGTH for earlier, later in zip(starts, starts[1:])) < 10
 
 
 def test_corpus_of_exactly_one_sample(tmp_path: Path, write_corpus: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Decoding through the caches is the uncached forward, whatever the pieces; and the loop around it starts, chooses and stops as it should."""
+"""Decoding through the caches is the uncached forward, whatever the pieces; and the loop around it chooses and stops as it should."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def loop(run: RunConfig) -> dict[str, Any]:
     model = small_model(run)
     prompt = [5, 17, 3, 200]
 
-    def tokens(*, sampling: Sampling = Sampling(), seed: int = 0, vocab_size: int = VOCAB_SIZE, eod_id: int = -1, max_new_tokens: int = 24) -> list[int]:
-        settings = {"sampling": sampling, "seed": seed, "vocab_size": vocab_size, "eod_id": eod_id, "max_new_tokens": max_new_tokens}
-        return list(generate_tokens(model, prompt, **settings))
+    def tokens(**settings: Any) -> list[int]:
+        defaults = {"sampling": Sampling(), "seed": 0, "vocab_size": VOCAB_SIZE, "eod_id": -1, "max_new_tokens": 24}
+        return list(generate_tokens(model, prompt, **{**defaults, **settings}))
 
     greedy = tokens(sampling=Sampling(temperature=0.0))
     with torch.no_grad():

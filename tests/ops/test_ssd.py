@@ -10,7 +10,7 @@ from megatron_hybrid.ops.ssd import ssd_reference, ssd_step
 from megatron_hybrid.ops.ssd_chunked import ssd_chunked
 from tests.ops.comparison import assert_equivalent, relative_difference, results_and_gradients
 
-# bf16 keeps 8 bits: one rounding is 2**-9. The chunked form rounds the inputs of each product once more: a few of those at the largest value.
+# bf16 keeps 8 bits: one rounding is 2**-9. The chunked form rounds the inputs of each product once more, so a few of those.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 3e-2}
 
 
