@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.data.build import describe_blend
 from megatron_hybrid.run_directory import prepare_run_directory
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
@@ -16,5 +17,10 @@ def pretrain(run: RunConfig, substrate: Substrate) -> ExitCode:
     """Train to the last checkpoint. Every rank runs this, with its process groups built."""
     config = build_transformer_config(run, substrate)
     task = Pretraining(run, config, substrate)
+    if substrate.rank == 0:
+        print(describe_blend(task.stream, run.train.steps * run.train.global_batch_size), flush=True)
+    trainer = Trainer(run, task, config, substrate, standard_callbacks(run, substrate))
+    trainer.resume()
+    # Only now: a start that the checkpoint refuses leaves the directory as it was.
     prepare_run_directory(run, substrate)
-    return Trainer(run, task, config, substrate, standard_callbacks(run, substrate)).train()
+    return trainer.train()

@@ -14,9 +14,9 @@ from megatron_hybrid.checkpoint.store import complete_steps, step_name
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
 from megatron_hybrid.data.build import build_tokenizer
 from megatron_hybrid.data.tokenizer import Tokenizer
-from megatron_hybrid.layers.specs import select_ops
+from megatron_hybrid.layers.specs import ops_for
 from megatron_hybrid.model.hybrid import HybridModel
-from megatron_hybrid.run_directory import CONFIG_NAME
+from megatron_hybrid.run_directory import CHECKPOINTS_NAME, CONFIG_NAME, kept_tokenizer
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 
@@ -60,9 +60,10 @@ def load_language_model(run: RunConfig, run_dir: Path, substrate: Substrate, *, 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged, or the tokenizer is missing or does not fit the model.
     """
-    checkpoint = _find_checkpoint(run_dir / "checkpoints", step, substrate)
+    checkpoint = _find_checkpoint(run_dir / CHECKPOINTS_NAME, step, substrate)
     # The checkpoint knows what it is: the configuration is the newest start's, which need not have got as far as a checkpoint.
-    run = run.model_copy(update={"model": _saved_architecture(checkpoint, run.model)})
+    data = run.data.model_copy(update={"tokenizer": kept_tokenizer(run, run_dir)})
+    run = run.model_copy(update={"model": _saved_architecture(checkpoint, run.model), "data": data})
     tokenizer = build_tokenizer(run)
     if tokenizer is None:
         raise ValueError(f"{run_dir / CONFIG_NAME} names no tokenizer; set data.tokenizer in it to the one that made the corpora")
@@ -95,7 +96,7 @@ def _load_model(run: RunConfig, checkpoint: Path, substrate: Substrate) -> Hybri
     model = HybridModel(
         run.model,
         build_transformer_config(run, substrate),
-        select_ops("cpu", chunk_length=run.model.mamba_chunk_size),
+        ops_for(substrate.device, chunk_length=run.model.mamba_chunk_size),
         layer_range=(0, run.model.num_layers),
         is_first_stage=True,
         is_last_stage=True,

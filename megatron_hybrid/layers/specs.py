@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
+import torch
+
 from megatron_hybrid.ops.registry import select
 from megatron_hybrid.ops.rope import apply_rope
 
@@ -23,6 +25,15 @@ class Ops:
     attention: Callable
     linear_cross_entropy: Callable
     apply_rope: Callable = apply_rope
+
+
+def ops_for(device: torch.device, *, chunk_length: int | None = None) -> Ops:
+    """The fastest implementation of every operation that runs on ``device``.
+
+    The versions named "cpu" are made of torch operations and run anywhere; attention alone has a better one elsewhere.
+    """
+    ops = select_ops("cpu", chunk_length=chunk_length)
+    return ops if device.type == "cpu" else replace(ops, attention=select("attention", "sdpa"))
 
 
 def select_ops(implementation: str, *, chunk_length: int | None = None) -> Ops:

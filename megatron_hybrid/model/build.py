@@ -5,27 +5,27 @@ from __future__ import annotations
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.layers.specs import select_ops
+from megatron_hybrid.layers.specs import ops_for
 from megatron_hybrid.layout.stages import plan_stages
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.model.initialize import initialize_parameters
 from megatron_hybrid.substrate.context import Substrate
 
 
-def build_chunks(run: RunConfig, config: TransformerConfig, substrate: Substrate, *, ops: str = "cpu") -> list[HybridModel]:
+def build_chunks(run: RunConfig, config: TransformerConfig, substrate: Substrate) -> list[HybridModel]:
     """Make and initialise the chunks this rank holds, in model order: one, or ``virtual_pipeline`` of them under interleaving.
 
     Virtual stage v lives on pipeline rank v % pipeline, as its chunk v // pipeline.
     """
     stages = plan_stages(run.model, run.parallel, run.data.sequence_length)
     own = range(substrate.pipeline_rank, len(stages), run.parallel.pipeline)
-    implementations = select_ops(ops, chunk_length=run.model.mamba_chunk_size)
+    ops = ops_for(substrate.device, chunk_length=run.model.mamba_chunk_size)
     chunks = []
     for virtual_stage in own:
         chunk = HybridModel(
             run.model,
             config,
-            implementations,
+            ops,
             layer_range=stages[virtual_stage],
             is_first_stage=virtual_stage == 0,
             is_last_stage=virtual_stage == len(stages) - 1,

@@ -21,6 +21,7 @@ from megatron_hybrid.checkpoint import CheckpointStore, check_header, load, read
 from megatron_hybrid.checkpoint.sharding import shard_parameters
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.signals import StopRequest
 from megatron_hybrid.train.callback import Callback
@@ -56,7 +57,7 @@ class Trainer:
         self.chunks = wrap_data_parallel(task.build_chunks(), run, config)
         self.optimizer = build_optimizer(self.chunks, run)
         self.store = CheckpointStore(
-            run.run_dir / "checkpoints",
+            run.run_dir / CHECKPOINTS_NAME,
             keep_last=run.checkpoint.keep_last,
             asynchronous=run.checkpoint.asynchronous,
             group=substrate.control_group,
@@ -70,8 +71,7 @@ class Trainer:
         return self.run.train.steps * self.run.train.global_batch_size
 
     def train(self) -> ExitCode:
-        """Run to the end, or until asked to stop; the weights are saved in either case."""
-        self.resume()
+        """Run from where ``resume`` left the state to the end, or until asked to stop; the weights are saved in either case."""
         progress = Progress(self.run, self.task.flops_per_sample, self.substrate)
         exit_code = ExitCode.FINISHED
         self._notify("on_start")

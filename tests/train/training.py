@@ -68,6 +68,7 @@ def train(run: RunConfig, extra_callbacks: tuple[Callback, ...] = (), *, logged:
     if logged:
         run.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(run, Pretraining(run, config, substrate), config, substrate, callbacks)
+    trainer.resume()
     outcome.exit_code = int(trainer.train())
     outcome.last_step = trainer.state.step
     for chunk in trainer.chunks:
