@@ -13,7 +13,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.config.schema import RunConfig
 from megatron_hybrid.substrate import rendezvous
 from megatron_hybrid.substrate.context import Substrate
-from megatron_hybrid.substrate.host_memory import keep_freed_memory
 from megatron_hybrid.substrate.place import Place, place_from_environment
 
 
@@ -45,8 +44,6 @@ def initialize(config: RunConfig, place: Place | None = None, store: dist.Store 
     torch.set_num_threads(num_threads)
     if backend == "nccl":
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
     set_deterministic(config.runtime.deterministic)
     try:
         control_group = _build_groups(config, place, store, backend, device)
