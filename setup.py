@@ -31,6 +31,6 @@ setup(
         "cpu": ["torch==2.13.0"],
         "logging": ["tensorboard==2.21.0"],
         "huggingface": ["transformers==5.23.0"],
-        "test": ["pytest==9.2.0"],
+        "test": ["pytest==9.2.0", "ruff==0.17.6"],
     },
 )

@@ -3,8 +3,9 @@
     python -m benchmarks.step                    fp32 and bf16 on one rank, then two ranks; about three minutes
     python -m benchmarks.step --profile          where the time of our step goes
 
-The model is 12 layers `M-M*M-M*M-M-`, hidden 256, at 4 samples of 512 tokens. The GEMM floor is the time of the step's matrix products alone (forward and both gradients of every linear, and
-of the output layer), on the faster of torch's two CPU libraries. transformers' bf16 keeps weights and moments in bf16; ours keeps fp32 masters and moments.
+The model is 12 layers `M-M*M-M*M-M-`, hidden 256, at 4 samples of 512 tokens. The GEMM floor is the time of the step's matrix products
+alone (forward and both gradients of every linear, and of the output layer), on the faster of torch's two CPU libraries. transformers' bf16
+keeps weights and moments in bf16; ours keeps fp32 masters and moments.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class FixedBatch(Pretraining):
         first = substrate.data_rank * run.train.micro_batch_size
         tokens_BL = make_tokens()[first : first + run.train.micro_batch_size]
         ones_BL = torch.ones(tokens_BL.shape)
-        batch = MicroBatch(torch.arange(len(tokens_BL)), tokens_BL[:, :-1], tokens_BL[:, 1:].contiguous(), ones_BL[:, 1:], ones_BL[:, 1:].int() * 0, 0)
+        batch = MicroBatch(
+            torch.arange(len(tokens_BL)), tokens_BL[:, :-1], tokens_BL[:, 1:].contiguous(), ones_BL[:, 1:], ones_BL[:, 1:].int() * 0, 0
+        )
         self.data = StepData([batch], BATCH, 0)
 
 
@@ -140,7 +143,13 @@ def to_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     for name, tensor in weights.items():
         name = name.replace("decoder.layers", "model.layers").replace("decoder.final_norm", "model.norm_f")
         name = name.replace("embedding.word_embeddings", "model.embeddings").replace("output_layer", "lm_head")
-        for ours, theirs in (("linear_fc1", "up_proj"), ("linear_fc2", "down_proj"), ("linear_proj", "o_proj"), ("mlp.", "mixer."), ("self_attention.", "mixer.")):
+        for ours, theirs in (
+            ("linear_fc1", "up_proj"),
+            ("linear_fc2", "down_proj"),
+            ("linear_proj", "o_proj"),
+            ("mlp.", "mixer."),
+            ("self_attention.", "mixer."),
+        ):
             name = name.replace(ours, theirs)
         if name.endswith("layer_norm_weight"):
             renamed[name[: name.index("mixer.")] + "norm.weight"] = tensor
@@ -159,7 +168,10 @@ def gemm_step(precision: str, weights: dict[str, torch.Tensor]) -> Step:
     """The step's matrix products and nothing else, each through the faster library."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     matrices = [tensor.to(dtype) for name, tensor in weights.items() if tensor.dim() == 2 and "word_embeddings" not in name]
-    operands = [(weight, torch.randn(BATCH * LENGTH, weight.shape[1]).to(dtype), torch.randn(BATCH * LENGTH, weight.shape[0]).to(dtype)) for weight in matrices]
+    operands = [
+        (weight, torch.randn(BATCH * LENGTH, weight.shape[1]).to(dtype), torch.randn(BATCH * LENGTH, weight.shape[0]).to(dtype))
+        for weight in matrices
+    ]
 
     def step() -> float:
         for weight_OI, x_MI, dy_MO in operands:
@@ -223,7 +235,9 @@ def time_layout(run: RunConfig, substrate: Substrate) -> ExitCode:
 
 def main() -> int:
     """Run the comparison and print one JSON line per case."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="also print where the time of our step goes")
     arguments = parser.parse_args()

@@ -19,7 +19,8 @@ _TOKENIZER_NAME = "tokenizer"
 
 
 def prepare_run_directory(run: RunConfig, substrate: Substrate) -> None:
-    """Make the directory and write ``config.yaml`` (the newest start's), one line more in ``starts.jsonl``, and a copy of the tokenizer; collective.
+    """Make the directory and write ``config.yaml`` (the newest start's), one line more in ``starts.jsonl``, and a copy of the tokenizer;
+    collective.
 
     Raises:
         ValueError: the directory cannot be made or written.

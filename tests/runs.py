@@ -43,7 +43,8 @@ def write_corpus(prefix: Path, num_documents: int = 64, seed: int = 0) -> Path:
 
 
 def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
-    """A run over ``folder / "text"`` (written by ``write_corpus``) of five steps of 8 samples of 40 tokens; sections override single options."""
+    """A run over ``folder / "text"`` (written by ``write_corpus``) of five steps of 8 samples of 40 tokens; sections override single
+    options."""
     options: dict[str, Any] = {
         "run_dir": folder / "run",
         "model": dict(MODEL),

@@ -88,7 +88,9 @@ def test_truncated_corpus(config: Path, tmp_path: Path, run_ranks) -> None:
     write_corpus(tmp_path / "text")
     content = (tmp_path / "text.bin").read_bytes()
     (tmp_path / "text.bin").write_bytes(content[: len(content) // 2])
-    ((code, _, err),) = run_ranks(command, 1, ["pretrain", str(config), f"run_dir={tmp_path / 'run'}", f"data.sources.text={tmp_path / 'text'}"])
+    ((code, _, err),) = run_ranks(
+        command, 1, ["pretrain", str(config), f"run_dir={tmp_path / 'run'}", f"data.sources.text={tmp_path / 'text'}"]
+    )
     assert code == ExitCode.BAD_INPUT
     assert "text.bin" in err
 

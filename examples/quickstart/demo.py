@@ -1,7 +1,7 @@
 """The main job end to end on real text: tokenizer, corpus, pretraining on two ranks, evaluation, checkpoint, loss curve, generation.
 
-The text is the running Python's own standard library, sources and docstrings. Each step is a command that can be typed by hand; this script prints it and runs it. Steps whose result is
-there are not repeated: pretraining continues from its last checkpoint.
+The text is the running Python's own standard library, sources and docstrings. Each step is a command that can be typed by hand; this script
+prints it and runs it. Steps whose result is there are not repeated: pretraining continues from its last checkpoint.
 
     python examples/quickstart/demo.py [KEY=VALUE ...]     options for the pretraining, such as train.steps=600
 """
@@ -27,13 +27,42 @@ def main() -> int:
     library = library_paths(Path(sysconfig.get_path("stdlib")))
     tokenizer, corpus = RUN / "tokenizer.model", RUN / "stdlib"
     steps = [
-        ["tools.preprocess_data", "--tokenizer", tokenizer, "--output", corpus, "--holdout", "0.02", "--workers", "2", "--glob", "*.py", "--input", *library],
+        [
+            "tools.preprocess_data",
+            "--tokenizer",
+            tokenizer,
+            "--output",
+            corpus,
+            "--holdout",
+            "0.02",
+            "--workers",
+            "2",
+            "--glob",
+            "*.py",
+            "--input",
+            *library,
+        ],
         ["megatron_hybrid", "pretrain", CONFIG, *sys.argv[1:]],
         ["megatron_hybrid", "generate", RUN / "model", "--max-new-tokens", "48", "--temperature", "0.7", "--top-p", "0.9"]
         + [word for prompt in PROMPTS for word in ("--prompt", prompt)],
     ]
     if not (ROOT / tokenizer).exists():
-        steps.insert(0, ["tools.train_tokenizer", "--vocab-size", "4096", "--max-mb", "8", "--output", tokenizer, "--glob", "*.py", "--input", *library])
+        steps.insert(
+            0,
+            [
+                "tools.train_tokenizer",
+                "--vocab-size",
+                "4096",
+                "--max-mb",
+                "8",
+                "--output",
+                tokenizer,
+                "--glob",
+                "*.py",
+                "--input",
+                *library,
+            ],
+        )
     for step in steps:
         code = run(*map(str, step))
         if code:

@@ -13,7 +13,8 @@ _EPILOG = """examples:
   python -m megatron_hybrid pretrain examples/quickstart/config.yaml parallel.tensor=2 train.steps=200
   torchrun --nproc-per-node 8 -m megatron_hybrid pretrain run.yaml parallel.tensor=8
 
-Started plainly, it launches the local ranks that the layout needs. Started by torchrun or srun, it uses the ranks it is given. Run again, it continues from the newest checkpoint.
+Started plainly, it launches the local ranks that the layout needs. Started by torchrun or srun, it uses the ranks it is given. Run again,
+it continues from the newest checkpoint.
 """
 
 

@@ -4,6 +4,8 @@ from megatron_hybrid.config.load import ConfigError, dump_config, load_config
 from megatron_hybrid.config.schema import (
     CheckpointConfig,
     DataConfig,
+    DelayedScalingConfig,
+    Fp8Config,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -21,6 +23,8 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DelayedScalingConfig",
+    "Fp8Config",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -42,9 +42,9 @@ def seeded_permutation(length: int, *key: int | str) -> np.ndarray:
 class SeededShuffle:
     """The numbers 0 to ``length - 1`` in an order that depends on ``key`` alone, one at a time and without a table.
 
-    A Feistel network over pairs (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): a number is written as a pair of digits to a base of about the root of
-    ``length``; each round shifts one digit by a hash of the other, which can be undone, so the whole is a permutation of the pairs. The few pairs beyond ``length`` are walked on
-    until one lies inside.
+    A Feistel network over pairs (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): a number is written as a pair of digits
+    to a base of about the root of ``length``; each round shifts one digit by a hash of the other, which can be undone, so the whole is a
+    permutation of the pairs. The few pairs beyond ``length`` are walked on until one lies inside.
     """
 
     def __init__(self, length: int, *key: int | str) -> None:

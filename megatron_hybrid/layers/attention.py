@@ -1,4 +1,5 @@
-"""Grouped-query attention (Ainslie et al. 2023) without position embedding, or with rotary embedding for Transformer baselines; tensor-parallel over key/value groups."""
+"""Grouped-query attention (Ainslie et al. 2023) without position embedding, or with rotary embedding for Transformer baselines;
+tensor-parallel over key/value groups."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """The Mamba-2 layer (Dao and Gu 2024, section 7), tensor-parallel over heads and groups.
 
-    z, x, B, C, dt = in_proj(norm(hidden));  x, B, C = silu(conv1d(x, B, C));  y = ssd(x, dt, A, B, C, D);  out = out_proj(norm(y * silu(z)))
+    z, x, B, C, dt = in_proj(norm(hidden));  x, B, C = silu(conv1d(x, B, C));  y = ssd(x, dt, A, B, C, D);  out = out_proj(norm(y *
+    silu(z)))
 
-Every rank holds its own heads and groups: its rows of in_proj are its part of z, then of x, B, C and dt, which is no contiguous run of the whole matrix.
+Every rank holds its own heads and groups: its rows of in_proj are its part of z, then of x, B, C and dt, which is no contiguous run of the
+whole matrix.
 """
 
 from __future__ import annotations
@@ -95,11 +97,14 @@ class MambaMixer(torch.nn.Module):
             xBC_BLC, self.conv1d.weight.squeeze(1), self.conv1d.bias, initial_state_BTC=cache.conv_state_BTC
         )
         x_BLHP, B_BLGN, C_BLGN = self._split_conv(xBC_BLC)
-        y_BLHP, cache.ssm_state_BHPN = self.ops.ssd(x_BLHP, dt_BLH, self.A_log, B_BLGN, C_BLGN, self.D, self.dt_bias, initial_state_BHPN=cache.ssm_state_BHPN)
+        y_BLHP, cache.ssm_state_BHPN = self.ops.ssd(
+            x_BLHP, dt_BLH, self.A_log, B_BLGN, C_BLGN, self.D, self.dt_bias, initial_state_BHPN=cache.ssm_state_BHPN
+        )
         return self.norm(y_BLHP.flatten(2), z_BLI).transpose(0, 1)
 
     def _step(self, zxBCdt_BE: Tensor, cache: MambaCache) -> Tensor:
-        """The recurrence itself, for one token: [B, in_proj rows] to [B, inner]. A scan over one position gives the same and takes longer."""
+        """The recurrence itself, for one token: [B, in_proj rows] to [B, inner]. A scan over one position gives the same and takes
+        longer."""
         z_BI, xBC_BC, dt_BH = zxBCdt_BE.split(self.in_proj_sizes, dim=-1)
         xBC_BC, cache.conv_state_BTC = causal_conv1d_step(cache.conv_state_BTC, xBC_BC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         x_BHP, B_BGN, C_BGN = self._split_conv(xBC_BC)

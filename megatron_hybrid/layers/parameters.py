@@ -1,6 +1,7 @@
 """What a parameter is, apart from its values: how tensor parallelism cuts it, and how it starts.
 
-Every parameter of a layer is declared once. Initialisation, sharded checkpoints and weight conversion all read this declaration, so none of them keeps a table of names.
+Every parameter of a layer is declared once. Initialisation, sharded checkpoints and weight conversion all read this declaration, so none of
+them keeps a table of names.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def declare(
         components = components or (Component("", shape[axis]),)
         assert sum(component.size for component in components) == shape[axis], (components, shape)
     parameter.declaration = Declaration(tuple(shape), axis, components, initializer)
-    # megatron-core reads these when it counts a gradient once over the ranks; its own setter refuses a parameter its layers have marked already.
+    # megatron-core reads these when it counts a gradient once over the ranks; its own setter refuses a parameter its layers have marked
+    # already.
     parameter.tensor_model_parallel = axis is not None
     parameter.partition_dim = -1 if axis is None else axis
     parameter.partition_stride = 1

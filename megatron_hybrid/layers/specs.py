@@ -40,7 +40,8 @@ def select_ops(implementation: str, *, chunk_length: int | None = None) -> Ops:
     """Take every operation in the named implementation.
 
     Args:
-        implementation: "reference" for the plain-torch specifications, "cpu" for the fast versions built of torch operations, which run on any device.
+        implementation: "reference" for the plain-torch specifications, "cpu" for the fast versions built of torch operations, which run on
+            any device.
         chunk_length: positions per chunk of the scan; None leaves it to the implementation. The reference has no chunks.
 
     Raises:

@@ -1,12 +1,12 @@
 """The hybrid language model: embedding, stack, output layer; each pipeline stage builds the part it holds.
 
-Parameter names are those of Megatron-LM's MambaModel: ``embedding.word_embeddings.weight``, ``decoder.layers.N...``, ``decoder.final_norm.weight``, ``output_layer.weight``.
+Parameter names are those of Megatron-LM's MambaModel: ``embedding.word_embeddings.weight``, ``decoder.layers.N...``,
+``decoder.final_norm.weight``, ``output_layer.weight``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence as Items
 from typing import Literal
 
 import torch
@@ -38,6 +38,7 @@ class HybridModel(MegatronModule):
         recompute: Literal["none", "selective", "full"] = "none",
     ) -> None:
         super().__init__(config)
+        # megatron-core's schedules and gradient finalisation read these two.
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.rope = (model.head_dim, model.rope_theta) if model.position_embedding == "rope" else None
@@ -75,13 +76,15 @@ class HybridModel(MegatronModule):
             segment_ids_BL: int32 document numbers, when documents are kept apart.
 
         Returns:
-            Before the last stage the residual stream [L or L/tp, B, D]. On the last, the weighted sum of token losses (fp32 scalar), or without labels the logits [B, L, V] in the
-            working precision, gathered over the tensor ranks and cut to the true vocabulary.
+            Before the last stage the residual stream [L or L/tp, B, D]. On the last, the weighted sum of token losses (fp32 scalar), or
+            without labels the logits [B, L, V] in the working precision, gathered over the tensor ranks and cut to the true vocabulary.
         """
         hidden_LBD = self.run_layers(tokens_BL, self.describe_sequence(tokens_BL.shape[1], segment_ids_BL))
         if not self.post_process:
             return hidden_LBD
-        return self.output_layer.logits(hidden_LBD) if labels_BL is None else self.output_layer.loss_sum(hidden_LBD, labels_BL, loss_mask_BL)
+        return (
+            self.output_layer.logits(hidden_LBD) if labels_BL is None else self.output_layer.loss_sum(hidden_LBD, labels_BL, loss_mask_BL)
+        )
 
     def describe_sequence(self, length: int, segment_ids_BL: Tensor | None = None, offset: int = 0) -> Sequence:
         """Prepare once what every layer needs to know of the sequence."""

@@ -1,8 +1,8 @@
 """Initial weights that no layout changes.
 
-Each row of each parameter is drawn from its own stream, addressed by (seed, global name, component, global row). A rank draws the rows it holds, so any cut over tensor, pipeline or
-data ranks, on a CPU or a GPU, starts from bitwise the same model. Streams are Philox-4x64 (Salmon et al. 2011): the name gives the key, the row the counter, so no stream is ever
-advanced past another.
+Each row of each parameter is drawn from its own stream, addressed by (seed, global name, component, global row). A rank draws the rows it
+holds, so any cut over tensor, pipeline or data ranks, on a CPU or a GPU, starts from bitwise the same model. Streams are Philox-4x64
+(Salmon et al. 2011): the name gives the key, the row the counter, so no stream is ever advanced past another.
 """
 
 from __future__ import annotations

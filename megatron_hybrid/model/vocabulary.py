@@ -21,7 +21,11 @@ class Embedding(torch.nn.Module):
         super().__init__()
         self.sequence_parallel = config.sequence_parallel
         self.word_embeddings = VocabParallelEmbedding(
-            model.padded_vocab_size, model.hidden_size, init_method=config.init_method, reduce_scatter_embeddings=config.sequence_parallel, config=config
+            model.padded_vocab_size,
+            model.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
         )
         weight = self.word_embeddings.weight
         declare(weight, initializer=normal(model.init_std), tensor_ranks=config.tensor_model_parallel_size, axis=0)

@@ -119,7 +119,7 @@ class _ChunkedSSD(torch.autograd.Function):
         document_BL: Tensor | None,
         chunk_length: int,
     ) -> tuple[Tensor, Tensor]:
-        (batch, length, num_heads, _), (num_groups, num_states) = x_BLHP.shape, B_BLGN.shape[2:]
+        (batch, _, num_heads, _), (num_groups, num_states) = x_BLHP.shape, B_BLGN.shape[2:]
         x_SBHKP, B_SBGKN, C_SBGKN = (_by_chunk(t, chunk_length) for t in (x_BLHP, B_BLGN, C_BLGN))
         decays = _decays(_by_chunk(dt_BLH, chunk_length), A_H, _documents_by_chunk(document_BL, chunk_length))
         num_chunks, head_dim = x_SBHKP.shape[0], x_SBHKP.shape[-1]

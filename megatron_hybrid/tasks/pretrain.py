@@ -55,7 +55,8 @@ class Pretraining:
         """Next-token loss of the next micro-batch, summed over tokens."""
         batch = next(micro_batches)
         tokens_BL, labels_BL, loss_mask_BL, segment_ids_BL = (
-            tensor.to(self.substrate.device, non_blocking=True) for tensor in (batch.tokens, batch.labels, batch.loss_mask, batch.segment_ids)
+            tensor.to(self.substrate.device, non_blocking=True)
+            for tensor in (batch.tokens, batch.labels, batch.loss_mask, batch.segment_ids)
         )
         output = chunk(
             tokens_BL,

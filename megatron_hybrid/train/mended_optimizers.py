@@ -1,7 +1,7 @@
 """What megatron-core 0.16.1's optimizers get wrong in checkpoints, mended in subclasses.
 
-Both faults are silent or fatal as soon as a bf16 model keeps some parameters in fp32 (ours: A_log, D, dt_bias), or where torch's AdamW stands in for Transformer Engine's. The parameter
-updates themselves are right and stay untouched.
+Both faults are silent or fatal as soon as a bf16 model keeps some parameters in fp32 (ours: A_log, D, dt_bias), or where torch's AdamW
+stands in for Transformer Engine's. The parameter updates themselves are right and stay untouched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 
 def mend(optimizer: MegatronOptimizer) -> None:
-    """Give an optimizer that get_megatron_optimizer made the class that saves and loads it right; it names the class itself and takes no other."""
+    """Give an optimizer that get_megatron_optimizer made the class that saves and loads it right; it names the class itself and takes no
+    other."""
     if isinstance(optimizer, DistributedOptimizer):
         _mend_parameter_order(optimizer)
         if USING_PYTORCH_OPTIMIZER:
@@ -33,8 +34,8 @@ def mend(optimizer: MegatronOptimizer) -> None:
 class TorchAdamWDistributedOptimizer(DistributedOptimizer):
     """The distributed optimizer over torch's AdamW, whose per-parameter ``step`` tensors are mishandled on load.
 
-    It looks for ``step`` among the loaded moments, where its own checkpoints do not put it, and then gives one shared tensor to every parameter, so that each update would advance it
-    once per parameter and the bias correction would be wrong without an error.
+    It looks for ``step`` among the loaded moments, where its own checkpoints do not put it, and then gives one shared tensor to every
+    parameter, so that each update would advance it once per parameter and the bias correction would be wrong without an error.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -76,7 +77,8 @@ class MixedDtypeOptimizer(Float16OptimizerWithFloat16Params):
 def _mend_parameter_order(optimizer: DistributedOptimizer) -> None:
     """Point each parameter to its own state where a group holds both bf16 and fp32 parameters.
 
-    The optimizer numbers a group's parameters in buffer order and then puts the fp32 ones first, so it would save one parameter's moments under another's name.
+    The optimizer numbers a group's parameters in buffer order and then puts the fp32 ones first, so it would save one parameter's moments
+    under another's name.
     """
     for group, (fp32, float16) in enumerate(zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)):
         for order, parameter in enumerate([*fp32, *float16]):

@@ -10,7 +10,8 @@ from megatron_hybrid.config import OptimizerConfig, ScheduleConfig
 def learning_rate(schedule: ScheduleConfig, optimizer: OptimizerConfig, tokens: int, total_tokens: int) -> float:
     """Learning rate of the step that begins after ``tokens`` tokens of a run of ``total_tokens``.
 
-    Warm-up is linear from lr / steps rather than from 0: the first step begins at 0 tokens, and a step at rate 0 would be wasted, so callers pass the tokens at the step's end.
+    Warm-up is linear from lr / steps rather than from 0: the first step begins at 0 tokens, and a step at rate 0 would be wasted, so
+    callers pass the tokens at the step's end.
 
     Args:
         schedule: shape and lengths, in tokens.
@@ -44,7 +45,9 @@ def check_schedule(schedule: ScheduleConfig, total_tokens: int) -> None:
             f"{total_tokens} tokens; shorten one of them"
         )
     if schedule.kind == "cosine" and schedule.decay_tokens is not None and schedule.decay_tokens <= schedule.warmup_tokens:
-        raise ValueError(f"schedule.decay_tokens={schedule.decay_tokens} includes the warm-up and must exceed warmup_tokens={schedule.warmup_tokens}")
+        raise ValueError(
+            f"schedule.decay_tokens={schedule.decay_tokens} includes the warm-up and must exceed warmup_tokens={schedule.warmup_tokens}"
+        )
 
 
 def _progress(tokens: int, start: int, end: int) -> float:

@@ -1,7 +1,8 @@
 """The seam between the trainer and what is trained.
 
-The trainer owns the loop, the optimizer, checkpoints, faults and logging, and knows no model. A task brings the model, its data and the loss of one micro-batch. Language-model
-pretraining is one task; distillation and vision training are others, and none has a loop of its own.
+The trainer owns the loop, the optimizer, checkpoints, faults and logging, and knows no model. A task brings the model, its data and the
+loss of one micro-batch. Language-model pretraining is one task; distillation and vision training are others, and none has a loop of its
+own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
-"""Metric name -> [sum, weight] in a two-element fp32 tensor. Sums and weights are added over micro-batches and ranks, and only then divided."""
+"""Metric name -> [sum, weight] in a two-element fp32 tensor. Sums and weights are added over micro-batches and ranks, and only then
+divided."""
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Metrics]]
 """Stage output -> (sum of losses, number of tokens it sums over as int32, metrics); runs on the last pipeline stage alone."""

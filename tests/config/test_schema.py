@@ -68,5 +68,29 @@ def test_contradictions_are_refused(sections: dict[str, dict[str, Any]], message
         run_with(**sections)
 
 
+FP8 = {"recipe": "delayed"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"fp8": {"recipe": "current", "delayed": {"margin": 1}}}, "recipe=current keeps no history"),
+        ({"fp8": FP8 | {"linears": ["in_proj", "in_proj"]}}, "names one twice"),
+        ({"fp8": FP8 | {"linears": []}}, "at least 1 item"),
+        ({"fp8": FP8 | {"linears": ["lm_head"]}}, "Input should be 'in_proj'"),
+        ({"fp8": FP8 | {"bf16_layers_at_start": 12}}, "no linear would run in float8: 12 layers, of which 12 at the start"),
+        ({"fp8": FP8, "data": {"sequence_length": 500}}, "data.sequence_length x train.micro_batch_size=500 is no multiple of 16"),
+    ],
+)
+def test_float8_that_cannot_be_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run_with(**sections)
+
+
+def test_float8_is_off_unless_asked_for_and_then_unread() -> None:
+    assert run_with().fp8.recipe == "off"
+    assert run_with(data={"sequence_length": 500}, fp8={"bf16_layers_at_start": 99}).fp8.recipe == "off"
+
+
 def test_dimensions_that_no_layer_uses_need_not_divide() -> None:
     assert run_with(model={"pattern": "M-M-", "num_kv_heads": 1}, parallel={"tensor": 4}).parallel.tensor == 4

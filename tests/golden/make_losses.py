@@ -21,6 +21,13 @@ RUNS = {
         "model": {"pattern": "*-*-", "position_embedding": "rope"},
         "data": {"reset_at_documents": False},
     },
+    "fp8-delayed": {
+        "optimizer": {"lr": 1e-3},
+        "model": {"mamba_num_heads": 32, "mamba_head_dim": 4},
+        "data": {"sequence_length": 48},
+        "train": {"precision": "bf16"},
+        "fp8": {"recipe": "delayed", "delayed": {"history_length": 8}, "bf16_layers_at_start": 1, "bf16_layers_at_end": 1},
+    },
 }
 
 

@@ -110,7 +110,13 @@ def saved_bytes(run: RunConfig) -> int:
     pinned: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(tokens, labels_BL=tokens, loss_mask_BL=torch.ones(tokens.shape, device=tokens.device))
-    total = sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in pinned if tensor.untyped_storage().data_ptr() not in parameters}.values())
+    total = sum(
+        {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in pinned
+            if tensor.untyped_storage().data_ptr() not in parameters
+        }.values()
+    )
     loss.backward()
     shutdown(substrate)
     return total

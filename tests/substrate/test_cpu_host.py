@@ -153,7 +153,7 @@ def test_tracebacks_point_into_the_installed_file() -> None:
 
 def test_what_a_cpu_cannot_do_is_refused() -> None:
     with pytest.raises(AttributeError, match="torch.cuda.get_device_properties"):
-        cuda_stand_in.get_device_properties
+        cuda_stand_in.get_device_properties(0)
     with pytest.raises(RuntimeError, match="torch.cuda.CUDAGraph"):
         cuda_stand_in.CUDAGraph()
 

@@ -39,9 +39,7 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 
 def launch(entry: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(entry, *options), env=clean_environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    return subprocess.run(command(entry, *options), env=clean_environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 @contextmanager

@@ -36,7 +36,10 @@ RECORD = StepRecord(
 
 
 def test_lines_align() -> None:
-    first, last = format_record(RECORD), format_record(replace(RECORD, step=200, samples=1600, metrics={"loss": 12.5}, tokens_per_s=123456.0))
+    first, last = (
+        format_record(RECORD),
+        format_record(replace(RECORD, step=200, samples=1600, metrics={"loss": 12.5}, tokens_per_s=123456.0)),
+    )
     assert "step 7/200" in first and "loss   6.2500" in first and "4.1K tok/s" in first and "eta 1:36" in first
     for word in ("loss", "grad", "lr", "tok/s", "TFLOP/s", "GiB", "data", "eta"):
         assert first.index(word) == last.index(word), word

@@ -107,9 +107,14 @@ def test_resume_refuses_another_stream_or_model(folder: Path, run_ranks) -> None
 
 
 def test_killed_command_continues(folder: Path) -> None:
-    """The command as a user runs it, on two ranks: TERM mid-run gives 85 and a checkpoint, KILL later loses only what came after one; the end is as if nothing had happened."""
+    """The command as a user runs it, on two ranks: TERM mid-run gives 85 and a checkpoint, KILL later loses only what came after one; the
+    end is as if nothing had happened."""
     config = folder / "run.yaml"
-    config.write_text(dump_config(small_run(folder, parallel={"data": 2}, train={"steps": 400}, checkpoint={"every_steps": 20}, logging={"every_steps": 50})))
+    config.write_text(
+        dump_config(
+            small_run(folder, parallel={"data": 2}, train={"steps": 400}, checkpoint={"every_steps": 20}, logging={"every_steps": 50})
+        )
+    )
     metrics = folder / "run" / "metrics.jsonl"
     assert interrupt(config, metrics, after_line=30, number=signal.SIGTERM) == ExitCode.STOPPED
     steps_at_stop = len(metrics.read_text().splitlines())

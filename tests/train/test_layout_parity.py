@@ -60,4 +60,3 @@ def test_layout_changes_nothing(layout: dict, folder: Path, one_rank, run_ranks)
         assert report.hashes == one_rank[0].hashes
         np.testing.assert_allclose(report.losses, one_rank[0].losses, rtol=1e-5)
         np.testing.assert_allclose(report.grad_norms, one_rank[0].grad_norms, rtol=1e-4)
-

@@ -20,7 +20,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("resume") / "text")
 
 
-def make_run(corpus: Path, run_dir: Path, *, parallel: dict[str, Any], exit_after_steps: int | None = None, **train_options: Any) -> RunConfig:
+def make_run(
+    corpus: Path, run_dir: Path, *, parallel: dict[str, Any], exit_after_steps: int | None = None, **train_options: Any
+) -> RunConfig:
     return small_run(
         corpus.parent,
         run_dir=run_dir,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.substrate.exit_codes import ExitCode
@@ -27,9 +27,16 @@ class ConsoleLog(Callback):
         sources = "  ".join(f"{source} {loss:.4f}" for source, loss in losses.items())
         print(f"{'validation':>{_step_width(trainer.run.train.steps)}}  {sources}", flush=True)
 
+    def on_report(self, trainer: Trainer, kind: str, values: dict[str, Any]) -> None:
+        if kind == "fp8_shadow":
+            width = _step_width(trainer.run.train.steps)
+            print(f"{'without float8':>{width}}  loss {values['exact_loss']:8.4f}  relative gap {values['relative_gap']:+.2e}", flush=True)
+
     def on_end(self, trainer: Trainer, exit_code: ExitCode) -> None:
         state = trainer.state
-        print(f"{exit_code.name.lower()} at step {state.step}, data position {state.samples}; run directory {trainer.run.run_dir}", flush=True)
+        print(
+            f"{exit_code.name.lower()} at step {state.step}, data position {state.samples}; run directory {trainer.run.run_dir}", flush=True
+        )
 
 
 def format_record(record: StepRecord) -> str:

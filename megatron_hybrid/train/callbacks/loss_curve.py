@@ -29,24 +29,27 @@ def draw_loss_curve(run_dir: Path, picture: Path) -> None:
     # Imported here: matplotlib takes a second that ranks which draw nothing need not spend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     lines = read_metrics(metrics_path(run_dir))
     steps = [line for line in lines if line["kind"] == "step"]
     if not steps:
         return
-    tokens = {line["step"]: line["tokens"] for line in steps}
+    tokens = [line["tokens"] for line in steps]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([line["tokens"] for line in steps], [line["metrics"]["loss"] for line in steps], color="tab:blue", lw=1.2, label="training")
+    axes.plot(tokens, [line["metrics"]["loss"] for line in steps], color="tab:blue", alpha=0.5, lw=0.8, label="training")
+    tokens_at = dict(zip((line["step"] for line in steps), tokens, strict=True))
     validations = [line for line in lines if line["kind"] == "validation"]
-    for source in sorted({source for line in validations for source in line["losses"]}):
-        points = [(tokens[line["step"]], line["losses"][source]) for line in validations if source in line["losses"]]
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=f"validation: {source}")
-    axes.set(xlabel="tokens", ylabel="loss per token (nats)", title=run_dir.name)
+    for number, source in enumerate(sorted({source for line in validations for source in line["losses"]}), start=1):
+        points = [(tokens_at[line["step"]], line["losses"][source]) for line in validations if source in line["losses"]]
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=f"C{number}", label=f"validation: {source}")
+    axes.set(xlabel="tokens", ylabel="loss per token (nats)", title=str(run_dir))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     rates = axes.twinx()
-    rates.plot([line["tokens"] for line in steps], [line["learning_rate"] for line in steps], color="tab:gray", lw=1, ls=":", label="learning rate")
+    rates.plot(tokens, [line["learning_rate"] for line in steps], color="tab:gray", lw=1, ls=":", label="learning rate")
     rates.set_ylabel("learning rate")
     handles = [*axes.get_lines(), *rates.get_lines()]
     axes.legend(handles, [handle.get_label() for handle in handles], frameon=False)

@@ -20,7 +20,9 @@ class TensorBoardLog(Callback):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("logging.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false") from error
+            raise ValueError(
+                "logging.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false"
+            ) from error
         self.writer = SummaryWriter(run.run_dir / "tensorboard")
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
