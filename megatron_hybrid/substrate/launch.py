@@ -24,7 +24,7 @@ from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.failure import FailureBoard, describe_failure, leave, let_first_failure_speak
 from megatron_hybrid.substrate.place import Place, local_rank_environment, place_from_environment
-from megatron_hybrid.substrate.quiet import silence_known_warnings
+from megatron_hybrid.substrate.quiet import show_own_messages, silence_known_warnings
 
 Entry = Callable[[RunConfig, Substrate], ExitCode]
 """What each rank does: a module-level function (local ranks get it pickled)."""
@@ -58,6 +58,8 @@ def _run_rank(entry: Entry, config: RunConfig, place: Place) -> int:
     # Imported here because the parent of local ranks does without megatron-core.
     from megatron_hybrid.substrate.groups import destroy_groups, initialize, shutdown
 
+    if place.rank == 0:
+        show_own_messages()
     board = None
     try:
         wait_s = rendezvous.wait_s(config)

@@ -1,4 +1,4 @@
-"""Messages of megatron-core and torch that every run would print and that ask nothing of its user."""
+"""What a run does not say, because it asks nothing of its user, and what it does."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def silence_known_warnings() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger(_CUDA_BUILD_LOGGER).addFilter(_is_worth_saying)
+
+
+def show_own_messages() -> None:
+    """Print our own log messages to stderr; called on the rank that speaks for all."""
+    logger = logging.getLogger(__name__.partition(".")[0])
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:

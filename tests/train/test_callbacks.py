@@ -72,6 +72,23 @@ def test_run_leaves_metrics_curve_and_events(tmp_path: Path, run_ranks) -> None:
     assert list((run.run_dir / "tensorboard").iterdir())
 
 
+def test_validation_sees_the_last_update(tmp_path: Path, run_ranks) -> None:
+    """With overlapped gathering, too, where each rank's copy of the others' shards is a step behind until the next forward."""
+    write_corpus(tmp_path / "text")
+    write_corpus(tmp_path / "held-out", seed=1)
+    losses = []
+    for number, overlap in enumerate((False, True)):
+        run = small_run(
+            tmp_path,
+            run_dir=tmp_path / f"run{number}",
+            validation={"sources": {"held-out": tmp_path / "held-out"}, "every_steps": 1, "num_batches": 1},
+            parallel={"data": 2, "overlap_grad_reduce": overlap, "overlap_param_gather": overlap},
+        )
+        run_ranks(train_logged, 2, run)
+        losses.append([line["losses"]["held-out"] for line in read_metrics(run.run_dir / "metrics.jsonl") if line["kind"] == "validation"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def train_logged(run):
     return train(run, logged=True)
 

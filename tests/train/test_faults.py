@@ -123,6 +123,7 @@ def test_killed_command_continues(folder: Path) -> None:
     command = [sys.executable, "-m", "megatron_hybrid", "pretrain", str(config), "train.steps=200"]
     last = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert last.returncode == 0, last.stderr
+    assert "resumed from" in last.stderr
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 201))
 
 

@@ -48,7 +48,14 @@ def assert_same_state(resumed: Outcome, whole: Outcome) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("parallel", [{"data": 2}, {"tensor": 2, "sequence_parallel": True}], ids=["dp2", "tp2-sp"])
 def test_resume_is_bitwise(parallel: dict, precision: str, distributed_optimizer: bool, corpus: Path, tmp_path: Path, run_ranks) -> None:
-    parallel = {**parallel, "distributed_optimizer": distributed_optimizer}
+    check_resume({**parallel, "distributed_optimizer": distributed_optimizer}, precision, corpus, tmp_path, run_ranks)
+
+
+def test_resume_is_bitwise_with_overlapped_communication(corpus: Path, tmp_path: Path, run_ranks) -> None:
+    check_resume({"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}, "bf16", corpus, tmp_path, run_ranks)
+
+
+def check_resume(parallel: dict, precision: str, corpus: Path, tmp_path: Path, run_ranks) -> None:
     whole = run_ranks(train, 2, make_run(corpus, tmp_path / "whole", parallel=parallel, precision=precision))
     part = run_ranks(train, 2, make_run(corpus, tmp_path / "parts", parallel=parallel, precision=precision, exit_after_steps=2))
     rest = run_ranks(train, 2, make_run(corpus, tmp_path / "parts", parallel=parallel, precision=precision))
