@@ -16,7 +16,7 @@ test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow
 
 $(VENV)/installed: setup.py
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,test]"
 	touch $@
 
@@ -25,4 +25,4 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -30,7 +30,10 @@ setup(
     extras_require={
         "cpu": ["torch==2.13.0"],
         "logging": ["tensorboard==2.21.0"],
-        "huggingface": ["transformers==5.23.0"],
-        "test": ["pytest==9.2.0", "ruff==0.17.6"],
+        "huggingface": [
+            "transformers==5.20.2; python_version < '3.11'",
+            "transformers==5.23.0; python_version >= '3.11'",
+        ],
+        "test": ["pytest==9.2.0", "ruff==0.17.6", "safetensors==0.8.0"],
     },
 )

@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.convert.correspondence import correspondences
+from megatron_hybrid.convert.hub_config import UNCLAMPED_TIME_STEP_MIN
+from megatron_hybrid.convert.rearrange import to_hub
 from megatron_hybrid.data.loader import MicroBatch
 from megatron_hybrid.layout.flops import training_flops_per_token
 from megatron_hybrid.model.build import build_chunks
@@ -116,6 +119,7 @@ def transformers_step(precision: str, weights: dict[str, torch.Tensor]) -> Step:
         ssm_state_size=MODEL["mamba_state_dim"],
         n_groups=MODEL["mamba_num_groups"],
         hybrid_override_pattern=MODEL["pattern"],
+        time_step_min=UNCLAMPED_TIME_STEP_MIN,
         use_cache=False,
     )
     model = NemotronHForCausalLM(config).train()
@@ -137,30 +141,12 @@ def transformers_step(precision: str, weights: dict[str, torch.Tensor]) -> Step:
 
 
 def to_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names to transformers' (fused norms apart, queries, keys and values apart)."""
-    kv_rows = MODEL["num_kv_heads"] * MODEL["head_dim"]
+    """Our weights under transformers' names."""
+    model = make_run("fp32").model
     renamed = {}
-    for name, tensor in weights.items():
-        name = name.replace("decoder.layers", "model.layers").replace("decoder.final_norm", "model.norm_f")
-        name = name.replace("embedding.word_embeddings", "model.embeddings").replace("output_layer", "lm_head")
-        for ours, theirs in (
-            ("linear_fc1", "up_proj"),
-            ("linear_fc2", "down_proj"),
-            ("linear_proj", "o_proj"),
-            ("mlp.", "mixer."),
-            ("self_attention.", "mixer."),
-        ):
-            name = name.replace(ours, theirs)
-        if name.endswith("layer_norm_weight"):
-            renamed[name[: name.index("mixer.")] + "norm.weight"] = tensor
-        elif name.endswith("linear_qkv.weight"):
-            groups = tensor.view(MODEL["num_kv_heads"], -1, MODEL["hidden_size"])
-            q, k, v = groups.split([groups.shape[1] - 2 * MODEL["head_dim"], MODEL["head_dim"], MODEL["head_dim"]], dim=1)
-            for letter, part in (("q", q), ("k", k), ("v", v)):
-                renamed[name.replace("linear_qkv", f"{letter}_proj")] = part.reshape(-1, MODEL["hidden_size"])
-            assert renamed[name.replace("linear_qkv", "k_proj")].shape[0] == kv_rows
-        else:
-            renamed[name] = tensor
+    for each in correspondences(model):
+        native = weights[each.parameter].split([tensor.shape[0] for tensor in each.native])
+        renamed |= {theirs.name: tensor for theirs, tensor in zip(each.hub, to_hub(each, native, model), strict=True)}
     return renamed
 
 

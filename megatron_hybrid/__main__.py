@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 _EPILOG = """examples:
   python -m megatron_hybrid describe nemotron-h-8b parallel.tensor=8
-  python -m megatron_hybrid pretrain examples/quickstart/config.yaml parallel.tensor=2 train.steps=200
-  python -m megatron_hybrid generate runs/quickstart --prompt "def main("
+  python -m megatron_hybrid pretrain examples/quickstart/config.yaml
+  python -m megatron_hybrid generate runs/quickstart/model --prompt "def main("
   python -m megatron_hybrid VERB --help
 """
 

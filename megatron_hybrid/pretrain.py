@@ -21,6 +21,12 @@ def pretrain(run: RunConfig, substrate: Substrate) -> ExitCode:
         print(describe_blend(task.stream, run.train.steps * run.train.global_batch_size), flush=True)
     trainer = Trainer(run, task, config, substrate, standard_callbacks(run, substrate))
     trainer.resume()
+    if trainer.is_finished:
+        if substrate.rank == 0:
+            print(
+                f"nothing to do: {run.run_dir} is at step {trainer.state.step}, the end of the run; raise train.steps to go on", flush=True
+            )
+        return ExitCode.FINISHED
     # Only now: a start that the checkpoint refuses leaves the directory as it was.
     prepare_run_directory(run, substrate)
     return trainer.train()

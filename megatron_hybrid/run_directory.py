@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from pathlib import Path
 
 from torch import distributed
 
-from megatron_hybrid.config import RunConfig, TokenizerConfig, dump_config
+from megatron_hybrid.config import RunConfig, dump_config
+from megatron_hybrid.config.run_directory import CONFIG_NAME, STARTS_NAME, tokenizer_copy
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.environment import describe_environment
-
-CONFIG_NAME = "config.yaml"
-CHECKPOINTS_NAME = "checkpoints"
-_TOKENIZER_NAME = "tokenizer"
 
 
 def prepare_run_directory(run: RunConfig, substrate: Substrate) -> None:
@@ -50,28 +46,17 @@ def _write(run: RunConfig, substrate: Substrate) -> None:
         "config": run.model_dump(mode="json"),
         "environment": describe_environment(substrate.device),
     }
-    with (run.run_dir / "starts.jsonl").open("a") as file:
+    with (run.run_dir / STARTS_NAME).open("a") as file:
         file.write(json.dumps(start) + "\n")
-
-
-def kept_tokenizer(run: RunConfig, run_dir: Path) -> TokenizerConfig | None:
-    """The run's tokenizer, by the copy in its directory where there is one: the directory may have moved, and the original changed."""
-    tokenizer = run.data.tokenizer
-    if tokenizer is None:
-        return None
-    copy = _tokenizer_copy(tokenizer, run_dir)
-    return tokenizer.model_copy(update={"path": copy}) if copy.exists() else tokenizer
-
-
-def _tokenizer_copy(tokenizer: TokenizerConfig, run_dir: Path) -> Path:
-    return run_dir / (_TOKENIZER_NAME + tokenizer.path.suffix)
 
 
 def _keep_tokenizer(run: RunConfig) -> None:
     if run.data.tokenizer is None:
         return
-    copy = _tokenizer_copy(run.data.tokenizer, run.run_dir)
-    if run.data.tokenizer.path.is_dir():
-        shutil.copytree(run.data.tokenizer.path, copy, dirs_exist_ok=True)
+    original, copy = run.data.tokenizer.path, tokenizer_copy(run.data.tokenizer, run.run_dir)
+    if copy.exists() and copy.samefile(original):
+        return
+    if original.is_dir():
+        shutil.copytree(original, copy, dirs_exist_ok=True)
     else:
-        shutil.copy2(run.data.tokenizer.path, copy)
+        shutil.copy2(original, copy)

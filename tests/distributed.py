@@ -27,6 +27,8 @@ import torch.distributed as dist
 from megatron_hybrid.substrate.place import local_rank_environment
 
 DEFAULT_TIMEOUT_S = 120.0
+RUNS_PER_WORKER = 20
+"""megatron-core's data-parallel wrapper and autograd hold each other, so a model and its groups' threads outlive their run in a worker."""
 
 
 class RankFailure(AssertionError):
@@ -66,6 +68,8 @@ class RankPool:
         Raises:
             RankFailure: a rank raised or died (the first one's traceback), or the ranks took longer than ``timeout_s``.
         """
+        if self._num_runs % RUNS_PER_WORKER == RUNS_PER_WORKER - 1:
+            self.close()
         self._start(world_size)
         assert self._store is not None
         payload = pickle.dumps((fn, args))

@@ -24,6 +24,9 @@ PROMPTS = ("import os\n\ndef read_lines(path):\n", "class Queue:\n    ", "# Retu
 
 def main() -> int:
     """Run every step; returns the exit code of the first that fails."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
     library = library_paths(Path(sysconfig.get_path("stdlib")))
     tokenizer, corpus = RUN / "tokenizer.model", RUN / "stdlib"
     steps = [

@@ -1,12 +1,13 @@
 """From parameter declarations to megatron-core's sharded tensors, under Megatron-LM's key names.
 
-A plainly cut parameter is one sharded tensor. One made of components, such as a Mamba-2 in_proj, becomes a sharded tensor per component (``in_proj.weight.z``, ``.x``, ``.B``, ``.C``,
-``.dt``): each is contiguous in the whole model although no rank's rows are, so any other tensor-parallel cut can read it back.
+A plainly cut parameter is one sharded tensor. One made of components, such as a Mamba-2 in_proj, becomes a sharded tensor per component
+(``in_proj.weight.z``, ``.x``, ``.B``, ``.C``, ``.dt``): each is contiguous in the whole model although no rank's rows are, so any other
+tensor-parallel cut can read it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
@@ -28,6 +29,23 @@ def shard_parameters(
     """
     cut = (tensor_group.rank(), tensor_group.size())
     return {name: _shard(name, parameter, parameter.declaration, cut, data_group.rank()) for name, parameter in named_parameters}
+
+
+def shard_copies(
+    tensors: Mapping[str, Tensor], tensor_group: ProcessGroup, data_group: ProcessGroup, *, differ_by_data_rank: bool
+) -> dict[str, ShardedTensor]:
+    """Describe tensors that all tensor ranks hold alike, and all data ranks too.
+
+    Where the data ranks' tensors differ, the saved tensor has a first dimension for the data ranks.
+    """
+    tensor_rank, data_rank = tensor_group.rank(), data_group.rank()
+    if differ_by_data_rank:
+        place = (0, data_rank, data_group.size())
+        return {
+            key: ShardedTensor.from_rank_offsets(key, tensor[None], place, replica_id=(0, tensor_rank, 0))
+            for key, tensor in tensors.items()
+        }
+    return {key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, tensor_rank, data_rank)) for key, tensor in tensors.items()}
 
 
 def _shard(

@@ -10,12 +10,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
@@ -29,7 +29,6 @@ LATEST = "latest"
 """File that names the last good checkpoint, for people and scripts."""
 PARTIAL = ".partial"
 """Ending of what is not complete: being written, left over, or being deleted."""
-_POLL_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +51,6 @@ class CheckpointStore:
         directory: one that all ranks see; made when it is needed.
         keep_last: complete checkpoints to keep; None for all.
         asynchronous: return from ``save`` as soon as the state is copied to host memory, and write in a background thread.
-        poll_stop: called about ten times a second while a rank waits for its disk, so that a request to stop is noticed; not a collective.
         group: all ranks, to agree on outcomes; None for torch's default group.
     """
 
@@ -62,14 +60,14 @@ class CheckpointStore:
         *,
         keep_last: int | None,
         asynchronous: bool,
-        poll_stop: Callable[[], object] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.directory = directory
-        self._keep_last, self._asynchronous, self._poll_stop, self._group = keep_last, asynchronous, poll_stop, group
+        self._keep_last, self._asynchronous, self._group = keep_last, asynchronous, group
         self._pending: _Pending | None = None
         # A thread, not a process: it cannot be left behind or killed alone, and the waiting is done without Python's lock.
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        device_index = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._background = ThreadPoolExecutor(1, "checkpoint", initializer=_adopt_device, initargs=(device_index,))
 
     def save(self, step: int, state: ShardedStateDict, header: dict[str, Any]) -> None:
         """Write a checkpoint of ``state``, or begin to; a save that is still under way is finished first.
@@ -106,7 +104,7 @@ class CheckpointStore:
         pending = self._pending
         if pending is None or not blocking and not all(gather(pending.written.done(), self._group)):
             return
-        self._wait_for(pending.written)
+        wait([pending.written])
         self._pending = None
         try:
             with failing_together(self._group):
@@ -131,22 +129,30 @@ class CheckpointStore:
         with the reason.
 
         Raises:
+            CheckpointError: there are checkpoints, and none is sound: starting anew in their place would be the end of the run's history.
             ValueError: the newest sound checkpoint has another format version.
         """
         steps: list[int] = []
         with failing_together(self._group):
             if self._is_first_rank:
                 steps = self._survey()
-        for step in reversed(gather(steps, self._group)[0]):
+        steps = gather(steps, self._group)[0]
+        reasons = []
+        for step in reversed(steps):
             path = self.directory / step_name(step)
             try:
                 verify_files(path, self._group)
             except CheckpointError as error:
                 self._warn("skipping checkpoint %s: %s", path.name, error)
+                reasons.append(f"{path.name}: {error}")
                 continue
             with failing_together(self._group):
                 read_header(path)
             return path
+        if reasons:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is sound ({'; '.join(reasons)}); restore one, or choose another run_dir to start anew"
+            )
         return None
 
     @property
@@ -182,11 +188,6 @@ class CheckpointStore:
             )
         partial.mkdir()
 
-    def _wait_for(self, written: Future[Written]) -> None:
-        while not wait([written], timeout=_POLL_S).done:
-            if self._poll_stop is not None:
-                self._poll_stop()
-
     def _publish(self, pending: _Pending, all_written: list[Written]) -> None:
         """Complete the checkpoint on disk, give it its name, and let the oldest go."""
         partial, final = self.directory / (pending.name + PARTIAL), self.directory / pending.name
@@ -215,6 +216,12 @@ class CheckpointStore:
         names = [step_name(step) for step in complete_steps(self.directory)]
         older = names[: names.index(newest.name)]
         return [self.directory / name for name in older[: max(0, len(older) - (self._keep_last - 1))]]
+
+
+def _adopt_device(index: int | None) -> None:
+    """Make the writing thread use its rank's GPU: a new thread's is the first, and its copies would be waited for on the wrong stream."""
+    if index is not None:
+        torch.cuda.set_device(index)
 
 
 def step_name(step: int) -> str:

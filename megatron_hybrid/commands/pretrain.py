@@ -10,7 +10,7 @@ from megatron_hybrid.config import ConfigError, dump_config, load_config
 
 _EPILOG = """examples:
   python -m megatron_hybrid pretrain examples/quickstart/config.yaml
-  python -m megatron_hybrid pretrain examples/quickstart/config.yaml parallel.tensor=2 train.steps=200
+  python -m megatron_hybrid pretrain examples/quickstart/config.yaml run_dir=runs/tp2 parallel.data=1 parallel.tensor=2 train.steps=200
   torchrun --nproc-per-node 8 -m megatron_hybrid pretrain run.yaml parallel.tensor=8
 
 Started plainly, it launches the local ranks that the layout needs. Started by torchrun or srun, it uses the ranks it is given. Run again,
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", help="YAML file of the run (docs/configuration.md lists every option)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options that replace the file's, such as train.steps=200")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         run = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:

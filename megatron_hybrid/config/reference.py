@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_hybrid.config.load import load_model, preset_names
@@ -89,7 +90,8 @@ def _annotation_text(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(_annotation_text(argument) for argument in arguments)
     if origin is tuple:
-        return f"list of {_annotation_text(arguments[0])}s"
+        plural = "" if get_origin(arguments[0]) is Literal else "s"
+        return f"list of {_annotation_text(arguments[0])}{plural}"
     if origin is dict:
         return f"mapping of name to {_annotation_text(arguments[1])}"
     return "group"
@@ -103,6 +105,10 @@ def _default_text(field: FieldInfo) -> str:
         return "unset"
     if isinstance(default, (bool, int, float, str)):
         return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    if isinstance(default, BaseModel):
+        return "its defaults"
+    if isinstance(default, tuple) and all(isinstance(item, str) for item in default):
+        return ", ".join(f"`{item}`" for item in default)
     if isinstance(default, tuple):
         return "one, with its defaults"
     assert default == {}, f"no way to write the default {default!r}"

@@ -6,11 +6,12 @@ The tree is frozen: a run is decided once, before any process starts, and the sa
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from megatron_hybrid.config.quantities import RunPosition, TokenCount, resolve_position
+from megatron_hybrid.layout.float8 import DIMENSION_UNIT, plan_float8
 from megatron_hybrid.layout.pattern import parse_pattern
 from megatron_hybrid.layout.stages import plan_stages
 
@@ -18,7 +19,15 @@ from megatron_hybrid.layout.stages import plan_stages
 class Section(BaseModel):
     """A frozen group of options that refuses keys it does not know and documents each field by its docstring."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic would take true for 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, Literal[False]):
+            raise ValueError("expected a value, not true or false")
+        return value
 
 
 class ModelConfig(Section):
@@ -63,6 +72,10 @@ class ModelConfig(Section):
     tie_embeddings: Literal[False] = False
     """Input and output embeddings are separate, as in Nemotron-H; tying them is not supported."""
 
+    def architecture(self) -> dict[str, Any]:
+        """What decides the weights' names and shapes and what they mean, as plain JSON: how a checkpoint says whose it is."""
+        return self.model_dump(mode="json", exclude={"mamba_chunk_size", "init_std"}) | {"pattern": self.layer_kinds}
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the output layer."""
@@ -89,6 +102,10 @@ class ModelConfig(Section):
         parse_pattern(self.pattern)
         _require_divides("num_kv_heads", self.num_kv_heads, "num_attention_heads", self.num_attention_heads)
         _require_divides("mamba_num_groups", self.mamba_num_groups, "mamba_num_heads", self.mamba_num_heads)
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"position_embedding=rope turns pairs of channels and needs an even head_dim, got {self.head_dim}")
+        if self.position_embedding == "none" and self.rope_theta != ModelConfig.model_fields["rope_theta"].default:
+            raise ValueError(f"rope_theta={self.rope_theta} is not read with position_embedding=none; drop it or choose rope")
         return self
 
 
@@ -233,6 +250,8 @@ class ScheduleConfig(Section):
             raise ValueError("schedule.kind=wsd needs schedule.decay_tokens: how many tokens the final decay takes")
         if self.kind == "constant" and self.decay_tokens is not None:
             raise ValueError("schedule.kind=constant takes no decay_tokens; drop it or choose cosine or wsd")
+        if self.kind != "wsd" and self.wsd_decay != ScheduleConfig.model_fields["wsd_decay"].default:
+            raise ValueError(f"wsd_decay={self.wsd_decay} is not read with kind={self.kind}; drop it or choose wsd")
         return self
 
 
@@ -253,6 +272,54 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         _require_divides("micro_batch_size", self.micro_batch_size, "global_batch_size", self.global_batch_size)
+        return self
+
+
+class DelayedScalingConfig(Section):
+    """Delayed scaling: scales come from the largest magnitudes (amaxes) of past steps."""
+
+    margin: int = Field(0, ge=0)
+    """Powers of two left free above amax: scale = (largest number of the format / amax) / 2^margin."""
+    history_length: int = Field(1024, gt=0)
+    """Optimizer steps in the amax window."""
+    amax_algorithm: Literal["max", "most_recent"] = "max"
+    """Which amax of the window makes the scale: the largest, or the last step's."""
+    reduction: Literal["tensor_data", "tensor"] = "tensor_data"
+    """Ranks that share amaxes: tensor- and data-parallel ones, so that all copies use the same scales, or tensor-parallel ones alone."""
+
+
+class Fp8Config(Section):
+    """Float8 products in the layers' linears (docs/fp8.md), never in the embedding and the output layer. Unread while recipe is off."""
+
+    recipe: Literal["off", "delayed", "current"] = "off"
+    """off; delayed: scales from past steps; current: the scale of each tensor from its own largest magnitude."""
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    """hybrid: E4M3 for inputs and weights, E5M2 for gradients. e4m3: E4M3 for all."""
+    delayed: DelayedScalingConfig = DelayedScalingConfig()
+    """Options of recipe=delayed."""
+    linears: tuple[Literal["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = Field(
+        ("in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), min_length=1
+    )
+    """Linears that take part: those of Mamba, attention and MLP layers, into and out of the block."""
+    bf16_layers_at_start: int = Field(0, ge=0)
+    """First layers of the whole pattern that stay in the working precision; every character of the pattern counts."""
+    bf16_layers_at_end: int = Field(0, ge=0)
+    """Last layers of the whole pattern that stay in the working precision."""
+    implementation: Literal["auto", "emulated", "scaled_mm"] = "auto"
+    """emulated: fp32 products of float8 numbers, on any device. scaled_mm: float8 tensor cores. auto: the first on a CPU only."""
+    telemetry_every_steps: int | None = Field(None, gt=0)
+    """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none."""
+    shadow_every_steps: int | None = Field(None, gt=0)
+    """Steps between evaluations of the same batch in the working precision, which report the relative loss gap. Unset: none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Fp8Config:
+        if self.recipe == "current" and self.delayed != DelayedScalingConfig():
+            raise ValueError(
+                "recipe=current keeps no history and reads none of the options under delayed; drop them, or set recipe=delayed"
+            )
+        if len(set(self.linears)) < len(self.linears):
+            raise ValueError(f"linears={list(self.linears)} names one twice")
         return self
 
 
@@ -301,7 +368,7 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where it is there, the CPU otherwise."""
     timeout_s: float = Field(600.0, gt=0)
-    """Longest wait in a collective before the run is ended with an error."""
+    """Longest wait in a collective before the run is ended with an error; for the first meeting of the ranks at most 300 s of it."""
     threads_per_rank: int | None = Field(None, gt=0)
     """CPU threads of one rank. Unset: the host's cores shared among its ranks."""
     deterministic: bool = True
@@ -313,7 +380,7 @@ class RunConfig(Section):
 
     run_dir: Path
     """Where the run keeps its resolved configuration, metrics, checkpoints and pictures."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**63)
     """Seed of the initial weights and of the data order."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -321,6 +388,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    fp8: Fp8Config = Fp8Config()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -338,6 +406,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.run_dir == Path():
+            raise ValueError("run_dir is empty; name a directory of the run's own")
+        check_schedule(self.schedule, self.optimizer, self.total_tokens)
         starts = [resolve_position(phase.start, self.total_tokens) for phase in self.data.phases]
         if starts != sorted(set(starts)):
             written = [phase.start for phase in self.data.phases]
@@ -346,7 +417,18 @@ class RunConfig(Section):
         if self.parallel.data is not None:
             per_pass = self.parallel.data * self.train.micro_batch_size
             _require_divides("parallel.data x train.micro_batch_size", per_pass, "train.global_batch_size", self.train.global_batch_size)
+        if self.fp8.recipe != "off":
+            self._check_float8()
         return self
+
+    def _check_float8(self) -> None:
+        plan_float8(self.model, self.parallel.tensor, self.fp8)
+        num_tokens = self.data.sequence_length * self.train.micro_batch_size
+        if num_tokens % DIMENSION_UNIT:
+            raise ValueError(
+                f"data.sequence_length x train.micro_batch_size={num_tokens} is no multiple of {DIMENSION_UNIT}, "
+                "which float8 products need; change one of them, or set fp8.recipe=off"
+            )
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, sequence_length: int) -> None:
@@ -370,6 +452,27 @@ def _check_tensor_split(model: ModelConfig, tensor: int) -> None:
         dimensions |= {"model.num_attention_heads": model.num_attention_heads, "model.num_kv_heads": model.num_kv_heads}
     for name, size in dimensions.items():
         _require_divides("parallel.tensor", tensor, name, size)
+
+
+def check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, total_tokens: int) -> None:
+    """Refuse a schedule that does not fit into a run of ``total_tokens``, or that leaves an option unread.
+
+    Raises:
+        ValueError: warm-up and decay overlap or do not fit; or the rate never falls to the minimum asked for.
+    """
+    if schedule.warmup_tokens > total_tokens:
+        raise ValueError(f"schedule.warmup_tokens={schedule.warmup_tokens} is longer than the run of {total_tokens} tokens; shorten it")
+    if schedule.kind == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > total_tokens:
+        raise ValueError(
+            f"schedule.warmup_tokens={schedule.warmup_tokens} and schedule.decay_tokens={schedule.decay_tokens} do not fit into a run of "
+            f"{total_tokens} tokens; shorten one of them"
+        )
+    if schedule.kind == "cosine" and schedule.decay_tokens is not None and schedule.decay_tokens <= schedule.warmup_tokens:
+        raise ValueError(
+            f"schedule.decay_tokens={schedule.decay_tokens} includes the warm-up and must exceed warmup_tokens={schedule.warmup_tokens}"
+        )
+    if schedule.kind == "constant" and optimizer.min_lr:
+        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} is not read with schedule.kind=constant; drop it or choose cosine or wsd")
 
 
 def _require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

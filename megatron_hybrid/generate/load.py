@@ -12,11 +12,11 @@ from megatron_hybrid.checkpoint import CheckpointError, CheckpointStore, load, r
 from megatron_hybrid.checkpoint.sharding import shard_parameters
 from megatron_hybrid.checkpoint.store import complete_steps, step_name
 from megatron_hybrid.config import ModelConfig, RunConfig, load_config
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME, CONFIG_NAME, kept_tokenizer
 from megatron_hybrid.data.build import build_tokenizer
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.layers.specs import ops_for
 from megatron_hybrid.model.hybrid import HybridModel
-from megatron_hybrid.run_directory import CHECKPOINTS_NAME, CONFIG_NAME, kept_tokenizer
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 

@@ -1,7 +1,8 @@
 """Tensor-parallel linears as every layer uses them: norm + column-parallel into a block, row-parallel out of it.
 
-Communication is megatron-core's (its region mappings carry the matching collective in backward); the product itself is an op, chosen per host. Parameter names are Megatron-LM's
-with its Transformer Engine layers, ``layer_norm_weight`` and ``weight`` side by side, so checkpoints are the same on every host.
+Communication is megatron-core's (its region mappings carry the matching collective in backward); the product itself is an op, chosen per
+host, unless ``float8`` puts another in its place. Parameter names are Megatron-LM's with its Transformer Engine layers,
+``layer_norm_weight`` and ``weight`` side by side, so checkpoints are the same on every host.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class NormColumnParallelLinear(torch.nn.Module):
         self, input_size: int, output_size: int, *, config: TransformerConfig, ops: Ops, components: tuple[Component, ...] = ()
     ) -> None:
         super().__init__()
-        self.ops, self.eps, self.sequence_parallel = ops, config.layernorm_epsilon, config.sequence_parallel
+        self.rms_norm, self.product = ops.rms_norm, ops.linear
+        self.eps, self.sequence_parallel = config.layernorm_epsilon, config.sequence_parallel
         tensor_ranks = config.tensor_model_parallel_size
         self.layer_norm_weight = torch.nn.Parameter(torch.empty(input_size, dtype=config.params_dtype))
         self.weight = torch.nn.Parameter(torch.empty(output_size // tensor_ranks, input_size, dtype=config.params_dtype))
@@ -42,20 +44,20 @@ class NormColumnParallelLinear(torch.nn.Module):
 
     def forward(self, hidden_LBD: Tensor) -> Tensor:
         """Map [L or L/tp, B, input_size] to [L, B, output_size / tp]."""
-        normed_LBD = self.ops.rms_norm(hidden_LBD, self.layer_norm_weight, self.eps)
-        return self.ops.linear(whole_sequence(normed_LBD, self.sequence_parallel), self.weight)
+        normed_LBD = self.rms_norm(hidden_LBD, self.layer_norm_weight, self.eps)
+        return self.product(whole_sequence(normed_LBD, self.sequence_parallel), self.weight)
 
 
 class ResidualRowParallelLinear(torch.nn.Module):
     """The linear that writes into the residual stream; its input columns are cut over the tensor ranks.
 
-    Its initial std is scaled by 1 / sqrt(layers): one residual addition per layer of the pattern, so the variance of the stream at the end does not grow with depth (GPT-2's rule, whose
-    layers add twice).
+    Its initial std is scaled by 1 / sqrt(layers): one residual addition per layer of the pattern, so the variance of the stream at the end
+    does not grow with depth (GPT-2's rule, whose layers add twice).
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
-        self.ops, self.sequence_parallel = ops, config.sequence_parallel
+        self.product, self.sequence_parallel = ops.linear, config.sequence_parallel
         tensor_ranks = config.tensor_model_parallel_size
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size // tensor_ranks, dtype=config.params_dtype))
         std = config.init_method_std / math.sqrt(config.num_layers)
@@ -63,7 +65,7 @@ class ResidualRowParallelLinear(torch.nn.Module):
 
     def forward(self, input_LBC: Tensor) -> Tensor:
         """Map [L, B, input_size / tp] to [L or L/tp, B, output_size], summed over the tensor ranks."""
-        partial_LBD = self.ops.linear(input_LBC, self.weight)
+        partial_LBD = self.product(input_LBC, self.weight)
         group = get_tensor_model_parallel_group()
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial_LBD, group=group)

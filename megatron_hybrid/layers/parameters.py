@@ -1,7 +1,6 @@
 """What a parameter is, apart from its values: how tensor parallelism cuts it, and how it starts.
 
-Every parameter of a layer is declared once. Initialisation, sharded checkpoints and weight conversion all read this declaration, so none of
-them keeps a table of names.
+Every parameter of a layer is declared once. Initialisation and sharded checkpoints read this declaration and keep no table of names.
 """
 
 from __future__ import annotations

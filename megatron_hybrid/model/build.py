@@ -5,7 +5,9 @@ from __future__ import annotations
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.layers.float8 import use_float8
 from megatron_hybrid.layers.specs import ops_for
+from megatron_hybrid.layout.float8 import plan_float8
 from megatron_hybrid.layout.stages import plan_stages
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.model.initialize import initialize_parameters
@@ -30,9 +32,18 @@ def build_chunks(run: RunConfig, config: TransformerConfig, substrate: Substrate
             is_first_stage=virtual_stage == 0,
             is_last_stage=virtual_stage == len(stages) - 1,
             recompute=run.parallel.recompute,
-        ).to(substrate.device)
+        )
+        if run.fp8.recipe != "off":
+            first, end = stages[virtual_stage]
+            layers = [(f"decoder.layers.{index}", layer) for index, layer in enumerate(chunk.decoder.layers, first)]
+            use_float8(layers, plan_float8(run.model, run.parallel.tensor, run.fp8)[first:end], run.fp8, substrate.device)
+        chunk.to(substrate.device)
         initialize_parameters(
-            chunk.named_global_parameters(), seed=run.seed, tensor_rank=substrate.tensor_rank, tensor_ranks=run.parallel.tensor
+            chunk.named_global_parameters(),
+            seed=run.seed,
+            tensor_rank=substrate.tensor_rank,
+            tensor_ranks=run.parallel.tensor,
+            num_threads=substrate.num_threads,
         )
         chunks.append(chunk)
     return chunks

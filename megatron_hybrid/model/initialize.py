@@ -8,7 +8,6 @@ holds, so any cut over tensor, pipeline or data ranks, on a CPU or a GPU, starts
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +20,7 @@ _ROWS_PER_TASK = 1024
 
 
 def initialize_parameters(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, seed: int, tensor_rank: int, tensor_ranks: int
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, seed: int, tensor_rank: int, tensor_ranks: int, num_threads: int
 ) -> None:
     """Fill every parameter in place from its declaration.
 
@@ -30,8 +29,9 @@ def initialize_parameters(
         seed: the run's seed.
         tensor_rank: this rank's place among ``tensor_ranks``.
         tensor_ranks: ranks that tensor-parallel dimensions are cut over.
+        num_threads: CPU threads to draw with; they change nothing but the time.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():
+    with ThreadPoolExecutor(num_threads) as pool, torch.no_grad():
         for name, parameter in named_parameters:
             local = _draw_local(parameter.declaration, name, seed, tensor_rank, tensor_ranks, pool)
             parameter.copy_(torch.from_numpy(local))

@@ -155,7 +155,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+    if labels.is_cuda:
+        # Asked on the device: reading the answer would make the host wait for every micro-batch.
+        torch._assert_async(((labels >= 0) & (labels < vocab_size)).all(), f"labels must lie in [0, {vocab_size})")
+    elif labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
         raise ValueError(
             f"labels must lie in [0, {vocab_size}), got {int(labels.min())} to {int(labels.max())}; "
             "give ignored positions any valid label and weight zero"

@@ -56,7 +56,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def code_version(folder: Path) -> dict[str, Any]:
-    """Return the commit that ``folder`` stands at and whether tracked or new files differ from it; both None outside a git repository."""
+    """Return the commit that ``folder`` stands at and whether tracked or new files differ from it; both None where no repository tracks it.
+
+    An installed copy lies in some environment's folder, which another project's repository may enclose.
+    """
+    if not _git(folder, "ls-files", "--error-unmatch", "."):
+        return {"commit": None, "dirty": None}
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain")
     return {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}

@@ -113,8 +113,8 @@ def _slurm_place(environment: Mapping[str, str]) -> Place:
 
 
 def _slurm_world_size(environment: Mapping[str, str]) -> int:
-    # srun states the tasks of its own step; the job's number may be another.
-    return _number(environment, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+    # srun states the tasks of its step. The job's number, SLURM_NTASKS, stands in a batch script too, where nothing was started yet.
+    return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
@@ -68,7 +66,7 @@ def build_transformer_config(config: RunConfig, substrate: Substrate) -> Transfo
         batch_p2p_comm=not interleaved,
         # Kernels: on a CPU the embedding's ordinary backward is deterministic, and faster than the one this switch selects
         deterministic_mode=config.runtime.deterministic and on_cuda,
-        gradient_accumulation_fusion=on_cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=False,
         transformer_impl="local",
         cuda_graph_scope=[],
     )

@@ -68,7 +68,7 @@ class Pretraining:
 
     def architecture(self) -> dict[str, Any]:
         """The model's options that decide its weights, and what they mean."""
-        return self.run.model.model_dump(mode="json", exclude={"mamba_chunk_size", "init_std"}) | {"pattern": self.run.model.layer_kinds}
+        return self.run.model.architecture()
 
     def data_fingerprint(self) -> dict[str, Any]:
         """The stream's own."""

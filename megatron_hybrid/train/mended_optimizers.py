@@ -31,6 +31,18 @@ def mend(optimizer: MegatronOptimizer) -> None:
         optimizer.__class__ = MixedDtypeOptimizer
 
 
+def sharded_state(optimizer: MegatronOptimizer, model: ShardedStateDict, *, is_loading: bool) -> ShardedStateDict:
+    """The optimizer's state in model shape, for megatron-core's distributed checkpoints.
+
+    A distributed optimizer gathers its shards on one rank of each data-parallel group when it saves: on all of them, as is its default,
+    they would take the host's memory once per rank.
+    """
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+    state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    # The other ranks' None would be reported as a difference between ranks.
+    return {name: value for name, value in state.items() if value is not None}
+
+
 class TorchAdamWDistributedOptimizer(DistributedOptimizer):
     """The distributed optimizer over torch's AdamW, whose per-parameter ``step`` tensors are mishandled on load.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from megatron_hybrid.config import RunConfig
@@ -24,6 +25,7 @@ class StepRecord:
 
     step: int
     total_steps: int
+    """Steps done when the run ends; not ``train.steps`` if the batch size changed on the way."""
     tokens: int
     """Tokens consumed so far."""
     samples: int
@@ -42,7 +44,7 @@ class StepRecord:
     mfu: float | None
     """Share of the device's peak; None where the peak is unknown."""
     memory_gib: float
-    """Peak memory of this rank so far: the device's allocator, or on a CPU the process."""
+    """Peak memory of this rank so far: of the device's allocator, or on a CPU of the process."""
     eta_s: float
     """Time left at the average speed so far."""
     data_hash: str
@@ -65,13 +67,14 @@ class Progress:
         self.num_steps += 1
         samples_per_s = self.run.train.global_batch_size / step_s
         tflops = samples_per_s * self.flops_per_sample / self.substrate.world_size / 1e12
-        steps_left = self.run.train.steps - state.step
+        total_samples = self.run.train.steps * self.run.train.global_batch_size
+        steps_left = -(-(total_samples - state.samples) // self.run.train.global_batch_size)
         return StepRecord(
             step=state.step,
-            total_steps=self.run.train.steps,
+            total_steps=state.step + steps_left,
             tokens=state.samples * self.run.data.sequence_length,
             samples=state.samples,
-            total_samples=self.run.train.steps * self.run.train.global_batch_size,
+            total_samples=total_samples,
             metrics=result.metrics,
             grad_norm=result.grad_norm,
             learning_rate=learning_rate,
@@ -88,4 +91,5 @@ class Progress:
 def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -31,25 +31,6 @@ def learning_rate(schedule: ScheduleConfig, optimizer: OptimizerConfig, tokens: 
     return optimizer.min_lr + span * _WSD_DECAYS[schedule.wsd_decay](progress)
 
 
-def check_schedule(schedule: ScheduleConfig, total_tokens: int) -> None:
-    """Refuse a schedule that does not fit into the run.
-
-    Raises:
-        ValueError: warm-up and decay overlap, or do not fit.
-    """
-    if schedule.warmup_tokens > total_tokens:
-        raise ValueError(f"schedule.warmup_tokens={schedule.warmup_tokens} is longer than the run of {total_tokens} tokens; shorten it")
-    if schedule.kind == "wsd" and schedule.warmup_tokens + schedule.decay_tokens > total_tokens:
-        raise ValueError(
-            f"schedule.warmup_tokens={schedule.warmup_tokens} and schedule.decay_tokens={schedule.decay_tokens} do not fit into a run of "
-            f"{total_tokens} tokens; shorten one of them"
-        )
-    if schedule.kind == "cosine" and schedule.decay_tokens is not None and schedule.decay_tokens <= schedule.warmup_tokens:
-        raise ValueError(
-            f"schedule.decay_tokens={schedule.decay_tokens} includes the warm-up and must exceed warmup_tokens={schedule.warmup_tokens}"
-        )
-
-
 def _progress(tokens: int, start: int, end: int) -> float:
     return min(max((tokens - start) / max(end - start, 1), 0.0), 1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,25 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate_step(task: Task, chunks: list[DistributedDataParallel], data: StepData, substrate: Substrate) -> dict[str, float]:
-    """Run forward over the micro-batches and return the averaged metrics; callers put the model into eval mode."""
-    return _reduce(task, _run_schedule(task, chunks, data, forward_only=True), substrate)
+def evaluate(
+    task: Task,
+    chunks: list[DistributedDataParallel],
+    batches: Iterable[StepData],
+    substrate: Substrate,
+    *,
+    stop_requested: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Run forward over all batches and average the metrics by weight over all of them; callers put the model into eval mode.
+
+    Returns:
+        The metrics, the same on every rank; None when ``stop_requested`` (agreed on by all ranks) came true before the last batch.
+    """
+    per_micro_batch: list[Metrics] = []
+    for data in batches:
+        if stop_requested():
+            return None
+        per_micro_batch += _run_schedule(task, chunks, data, forward_only=True)
+    return _reduce(task, per_micro_batch, substrate)
 
 
 def _run_schedule(task: Task, chunks: list[DistributedDataParallel], data: StepData, *, forward_only: bool) -> list[Metrics]:

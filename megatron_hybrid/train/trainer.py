@@ -1,7 +1,8 @@
 """The loop: resume, step, report, save, stop.
 
-Everything random in a run is addressed by the seed and a position (a parameter's row, a sample's index), never drawn from a running generator. A checkpoint therefore holds weights,
-optimizer state and two numbers, and a resumed run repeats the uninterrupted one bit for bit.
+Everything random in a run is addressed by the seed and a position (a parameter's row, a sample's index), never drawn from a running
+generator. A checkpoint therefore holds weights, optimizer state and two numbers, and a resumed run repeats the uninterrupted one bit for
+bit.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.checkpoint import CheckpointStore, check_header, load, read_header
 from megatron_hybrid.checkpoint.sharding import shard_parameters
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.substrate.exit_codes import ExitCode
-from megatron_hybrid.run_directory import CHECKPOINTS_NAME
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.context import Substrate
+from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.signals import StopRequest
 from megatron_hybrid.train.callback import Callback
+from megatron_hybrid.train.float8 import ScalingCheckpoint, gradient_finisher
+from megatron_hybrid.train.mended_optimizers import sharded_state
 from megatron_hybrid.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_hybrid.train.progress import Progress
-from megatron_hybrid.train.schedule import check_schedule, learning_rate
+from megatron_hybrid.train.schedule import learning_rate
 from megatron_hybrid.train.step import NonFiniteError, StepResult, train_step
 from megatron_hybrid.train.task import StepData, Task
 
@@ -50,7 +53,6 @@ class Trainer:
     def __init__(
         self, run: RunConfig, task: Task, config: TransformerConfig, substrate: Substrate, callbacks: Sequence[Callback] = ()
     ) -> None:
-        check_schedule(run.schedule, run.total_tokens)
         self.run, self.task, self.config, self.substrate, self.callbacks = run, task, config, substrate, callbacks
         self.state = TrainState()
         self.stop = StopRequest(substrate)
@@ -64,11 +66,17 @@ class Trainer:
         )
         self.saved_step: int | None = None
         connect_schedules(config, self.chunks, self.optimizer)
+        self.scaling = ScalingCheckpoint(run.fp8, self.chunks, substrate)
 
     @property
     def total_samples(self) -> int:
         """Samples of the whole run."""
         return self.run.train.steps * self.run.train.global_batch_size
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all samples of the run were seen."""
+        return self.state.samples >= self.total_samples
 
     def train(self) -> ExitCode:
         """Run from where ``resume`` left the state to the end, or until asked to stop; the weights are saved in either case."""
@@ -76,12 +84,13 @@ class Trainer:
         exit_code = ExitCode.FINISHED
         self._notify("on_start")
         with contextlib.closing(self.task.training_data(self.state.samples)) as data:
-            while self.state.samples < self.total_samples:
+            while not self.is_finished:
                 if self._should_leave(progress.num_steps):
                     exit_code = ExitCode.STOPPED
                     break
                 step_data = next(data)
                 rate = self._set_learning_rate(step_data.num_samples)
+                self._notify("before_step", step_data)
                 result = self._step(step_data)
                 self.state.step += 1
                 self.state.samples += step_data.num_samples
@@ -104,35 +113,55 @@ class Trainer:
             return
         if not self.run.checkpoint.resume:
             raise ValueError(
-                f"checkpoint.resume=false, but {self.store.directory} already holds {newest.name}; choose another run_dir, or let the run resume"
+                f"checkpoint.resume=false, but {self.store.directory} already holds {newest.name}; "
+                "choose another run_dir, or let the run resume"
             )
         header = read_header(newest)
         check_header(header, model=self.task.architecture(), training=self._training_kind())
         self.task.check_fingerprint(header["data"])
-        loaded = load(newest, self._sharded_state(is_loading=True), group=self.substrate.control_group)
+        wanted = {**self._sharded_state(is_loading=True), **self.scaling.wanted(header)}
+        loaded = load(newest, wanted, group=self.substrate.control_group)
         self._take_weights(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
+        self.scaling.take(loaded)
         self.state = TrainState(**header["state"])
         self.saved_step = self.state.step
         _log.info("resumed from %s at step %d", newest, self.state.step)
+
+    def gather_parameters(self) -> None:
+        """Make every rank's weights those of the last update; needed before they are read outside a forward pass.
+
+        With overlap_param_gather a rank holds others' shards of the step before until the next forward gathers them.
+        """
+        if self.run.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def save(self) -> None:
         """Write a checkpoint of the present step, once; before the first step there is nothing that the seed does not give."""
         if self.state.step in (0, self.saved_step):
             return
+        self.gather_parameters()
         header = {
             "state": asdict(self.state),
             "model": self.task.architecture(),
             "data": self.task.data_fingerprint(),
             "training": self._training_kind(),
+            **self.scaling.header(),
         }
-        self.store.save(self.state.step, self._sharded_state(is_loading=False), header)
+        self.store.save(self.state.step, {**self._sharded_state(is_loading=False), **self.scaling.sharded()}, header)
         self.saved_step = self.state.step
+
+    def report(self, kind: str, values: dict[str, Any]) -> None:
+        """Tell all callbacks what one of them measured; called on every rank."""
+        self._notify("on_report", kind, values)
 
     def _step(self, step_data: StepData) -> StepResult:
         try:
             return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate)
         except NonFiniteError as error:
+            # Every rank is here; a save that is still being written is not given up.
+            self.store.finish_pending(blocking=True)
             last = "there is no checkpoint yet" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
             raise NonFiniteError(f"step {self.state.step + 1}, samples from {self.state.samples}: {error}; {last}") from None
 
@@ -148,8 +177,7 @@ class Trainer:
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         model = self._sharded_model()
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+        return {"model": model, "optimizer": sharded_state(self.optimizer, model, is_loading=is_loading)}
 
     def _sharded_model(self) -> dict[str, Any]:
         sharded: dict[str, Any] = {}
@@ -183,7 +211,7 @@ class Trainer:
 def connect_schedules(config: TransformerConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Tell megatron-core's schedules how to scale the loss, when to hold gradient reductions back, and how to finish gradients."""
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = gradient_finisher(chunks)
     if chunks[0].ddp_config.overlap_grad_reduce:
         holds = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = holds if len(holds) > 1 else holds[0]

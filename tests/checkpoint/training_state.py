@@ -20,6 +20,7 @@ from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.model.initialize import initialize_parameters
 from megatron_hybrid.substrate.groups import initialize
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
+from megatron_hybrid.train.mended_optimizers import sharded_state
 from megatron_hybrid.train.optimizer import build_optimizer, wrap_data_parallel
 
 NUM_STEPS = 7.0
@@ -75,8 +76,7 @@ class TrainingState:
 
     def sharded(self, *, is_loading: bool) -> dict[str, Any]:
         model = self.sharded_model()
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+        return {"model": model, "optimizer": sharded_state(self.optimizer, model, is_loading=is_loading)}
 
     @torch.no_grad()
     def take(self, loaded: dict[str, Any]) -> None:
@@ -124,7 +124,13 @@ class TrainingState:
     def _known(self, name: str, parameter: torch.nn.Parameter, seed: int) -> Tensor:
         known = torch.nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32))
         known.declaration = replace(parameter.declaration, initializer=normal(1.0))
-        initialize_parameters([(name, known)], seed=seed, tensor_rank=self.substrate.tensor_rank, tensor_ranks=self.substrate.tensor_size)
+        initialize_parameters(
+            [(name, known)],
+            seed=seed,
+            tensor_rank=self.substrate.tensor_rank,
+            tensor_ranks=self.substrate.tensor_size,
+            num_threads=1,
+        )
         return known.detach()
 
 

@@ -84,7 +84,12 @@ def torchrun_environments(num_ranks: int) -> list[dict[str, str]]:
 
 
 def slurm_environments(num_ranks: int) -> list[dict[str, str]]:
-    shared = {"SLURM_NTASKS": str(num_ranks), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "1", "MASTER_PORT": str(free_port())}
+    shared = {
+        "SLURM_STEP_NUM_TASKS": str(num_ranks),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_ID": "1",
+        "MASTER_PORT": str(free_port()),
+    }
     return [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), **shared} for rank in range(num_ranks)]
 
 

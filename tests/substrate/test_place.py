@@ -8,7 +8,7 @@ from megatron_hybrid.substrate.place import Place, first_host, local_rank_enviro
 
 SLURM = {
     "SLURM_PROCID": "5",
-    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_LOCALID": "1",
     "SLURM_JOB_NODELIST": "gpu[011-014]",
     "SLURM_JOB_ID": "123456",
@@ -57,7 +57,7 @@ def test_a_slurm_step_counts_its_own_tasks_and_hosts() -> None:
 
 
 def test_a_single_slurm_task_is_a_plain_start() -> None:
-    assert place_from_environment(SLURM | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).launcher == "plain"
+    assert place_from_environment(SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}).launcher == "plain"
 
 
 def test_torchrun_inside_slurm_goes_by_torchrun() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_hybrid.config import OptimizerConfig, ScheduleConfig
-from megatron_hybrid.train.schedule import check_schedule, learning_rate
+from megatron_hybrid.config.schema import check_schedule
+from megatron_hybrid.train.schedule import learning_rate
 
 OPTIMIZER = OptimizerConfig(lr=1.0, min_lr=0.1)
 TOTAL = 1000
@@ -48,8 +49,9 @@ def test_rate_never_rises_after_warm_up(kind: str) -> None:
         ScheduleConfig(kind="cosine", warmup_tokens=1001),
         ScheduleConfig(kind="wsd", warmup_tokens=600, decay_tokens=600),
         ScheduleConfig(kind="cosine", warmup_tokens=500, decay_tokens=400),
+        ScheduleConfig(kind="constant", warmup_tokens=0),
     ],
 )
 def test_schedule_that_does_not_fit_is_refused(schedule: ScheduleConfig) -> None:
-    with pytest.raises(ValueError, match="tokens"):
-        check_schedule(schedule, TOTAL)
+    with pytest.raises(ValueError, match="tokens|min_lr"):
+        check_schedule(schedule, OPTIMIZER, TOTAL)

@@ -6,6 +6,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.train.callback import Callback
 from megatron_hybrid.train.callbacks.console import ConsoleLog
+from megatron_hybrid.train.callbacks.float8 import float8_callbacks
 from megatron_hybrid.train.callbacks.loss_curve import LossCurve
 from megatron_hybrid.train.callbacks.metrics_file import MetricsFile
 from megatron_hybrid.train.callbacks.tensorboard import TensorBoardLog
@@ -26,6 +27,7 @@ def standard_callbacks(run: RunConfig, substrate: Substrate) -> list[Callback]:
             callbacks.append(TensorBoardLog(run))
         if run.logging.wandb_project:
             callbacks.append(WandbLog(run))
+    callbacks += float8_callbacks(run, is_first_rank=substrate.rank == 0)
     if run.validation.sources:
         # Last, so that a step is reported before the validation that follows it.
         callbacks.append(Validation())

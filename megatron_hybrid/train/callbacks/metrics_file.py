@@ -1,4 +1,4 @@
-"""metrics.jsonl: every step and validation as one JSON object a line, always written."""
+"""metrics.jsonl: every step, validation and other report as one JSON object a line, always written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class MetricsFile(Callback):
     """Appends to RUN_DIR/metrics.jsonl.
 
-    On resume, lines of steps after the checkpoint are dropped first: those steps are about to be repeated, and the file should read as one run.
+    On resume, lines of steps after the checkpoint are dropped first: those steps are about to be repeated, and the file should read as one
+    run.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -36,6 +37,9 @@ class MetricsFile(Callback):
 
     def after_validation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         self._append({"kind": "validation", "step": trainer.state.step, "losses": losses})
+
+    def on_report(self, trainer: Trainer, kind: str, values: dict[str, Any]) -> None:
+        self._append({"kind": kind, "step": trainer.state.step, **values})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:

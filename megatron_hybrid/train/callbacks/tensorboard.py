@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import RunConfig
@@ -14,16 +15,21 @@ if TYPE_CHECKING:
 
 
 class TensorBoardLog(Callback):
-    """Writes scalars into RUN_DIR/tensorboard."""
+    """Writes scalars into RUN_DIR/tensorboard; what a resumed run repeats replaces what was there.
+
+    Raises:
+        ValueError: at construction, when tensorboard is not installed.
+    """
 
     def __init__(self, run: RunConfig) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "logging.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false"
-            ) from error
-        self.writer = SummaryWriter(run.run_dir / "tensorboard")
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("logging.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false")
+        self.directory = run.run_dir / "tensorboard"
+
+    def on_start(self, trainer: Trainer) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.directory, purge_step=trainer.state.step + 1)
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         for name, value in scalars(record).items():

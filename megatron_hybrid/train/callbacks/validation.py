@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hybrid.train.callback import Callback
 from megatron_hybrid.train.progress import StepRecord
-from megatron_hybrid.train.step import evaluate_step
+from megatron_hybrid.train.step import evaluate
 from megatron_hybrid.train.task import StepData
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class Validation(Callback):
     """Every ``validation.every_steps``, and at the end, averages the loss over each validation source. Runs on every rank."""
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step % trainer.run.validation.every_steps == 0 or record.samples == trainer.total_samples:
+        if record.step % trainer.run.validation.every_steps == 0 or record.samples >= trainer.total_samples:
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
@@ -38,12 +38,7 @@ class Validation(Callback):
                 callback.after_validation(trainer, losses)
 
     def _mean_loss(self, trainer: Trainer, steps: Callable[[], Iterator[StepData]]) -> float | None:
-        """Mean over the source's batches, or None when the run was asked to stop meanwhile."""
-        total, num_batches = 0.0, 0
+        """Mean per token over the source's batches, or None when the run was asked to stop meanwhile."""
         with contextlib.closing(steps()) as batches:
-            for data in batches:
-                if trainer.stop.requested():
-                    return None
-                total += evaluate_step(trainer.task, trainer.chunks, data, trainer.substrate)["loss"]
-                num_batches += 1
-        return total / num_batches
+            metrics = evaluate(trainer.task, trainer.chunks, batches, trainer.substrate, stop_requested=trainer.stop.requested)
+        return None if metrics is None else metrics["loss"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import RunConfig
@@ -15,19 +17,27 @@ if TYPE_CHECKING:
 
 
 class WandbLog(Callback):
-    """Logs to the project named in ``logging.wandb_project``; a resumed run continues its curve."""
+    """Logs to the project named in ``logging.wandb_project``; a resumed run continues its curve.
+
+    Raises:
+        ValueError: at construction, when wandb is not installed.
+    """
 
     def __init__(self, run: RunConfig) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("logging.wandb_project needs the wandb package: pip install wandb, or leave the option out") from error
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError("logging.wandb_project needs the wandb package: pip install wandb, or leave the option out")
+        self.config = run
+
+    def on_start(self, trainer: Trainer) -> None:
+        import wandb
+
         self.run = wandb.init(
-            project=run.logging.wandb_project,
-            name=run.run_dir.name,
-            id=run.run_dir.name,
-            dir=run.run_dir,
-            config=run.model_dump(mode="json"),
+            project=self.config.logging.wandb_project,
+            name=str(self.config.run_dir),
+            # One run per run directory: its last name alone may be anyone's.
+            id=hashlib.sha256(str(self.config.run_dir.resolve()).encode()).hexdigest()[:16],
+            dir=self.config.run_dir,
+            config=self.config.model_dump(mode="json"),
             resume="allow",
         )
 

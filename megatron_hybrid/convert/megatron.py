@@ -1,0 +1,278 @@
+"""Megatron-LM's torch_dist checkpoints: ``iter_NNNNNNN`` directories with the arguments of the run in ``common.pt``."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.convert.correspondence import correspondences
+from megatron_hybrid.convert.hub import find_tokenizer
+from megatron_hybrid.convert.native import file_sizes
+from megatron_hybrid.convert.source import Companions, Form
+from megatron_hybrid.convert.specs import TensorSpec, check_specs
+from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenizer, stage_numbers
+from megatron_hybrid.convert.torch_dist import TorchDistReader, TorchDistWriter, finish_directory
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_ARGUMENTS = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_num_groups": "mamba_num_groups",
+    "mamba_state_dim": "mamba_state_dim",
+    "norm_eps": "norm_epsilon",
+    "init_std": "init_method_std",
+}
+_FIXED = {
+    "is_hybrid_model": True,
+    "normalization": "RMSNorm",
+    "squared_relu": True,
+    "swiglu": False,
+    "add_bias_linear": False,
+    "add_position_embedding": False,
+    "position_embedding_type": "none",
+    "untie_embeddings_and_output_weights": True,
+    "group_query_attention": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+_CHECKED = ("normalization", "squared_relu", "swiglu", "add_bias_linear", "position_embedding_type", "untie_embeddings_and_output_weights")
+"""Arguments that decide what the weights mean, and have one value in every model of ours."""
+
+
+class MegatronSource:
+    """A Megatron-LM checkpoint.
+
+    Args:
+        path: an ``iter_NNNNNNN`` directory, or the folder above with its tracker file.
+        model: what the checkpoint is of; needed when its ``common.pt`` has no arguments, and compared with them when it has.
+        vocab_size: tokens of the vocabulary without padding; needed when the arguments have no ``vocab_size``.
+
+    Raises:
+        ValueError: it is not complete, its architecture is unknown or another, or files are damaged; the message names the tensors.
+    """
+
+    form: Form = "native"
+
+    def __init__(self, path: Path, *, model: ModelConfig | None = None, vocab_size: int | None = None) -> None:
+        self.path = _find_iteration(path)
+        self._reader = TorchDistReader(self.path)
+        self.specs: dict[str, TensorSpec] = self._reader.specs
+        common = _read_common(self.path, is_needed=model is None)
+        arguments = common.get("args")
+        if arguments is None and model is None:
+            raise ValueError(
+                f"{self.path}/common.pt has no arguments; say with --config what the checkpoint is of (config.json, run YAML or preset)"
+            )
+        padded_vocab_size = self._padded_vocab_size()
+        if arguments is not None:
+            own = model_from_arguments(
+                vars(arguments), padded_vocab_size=padded_vocab_size, vocab_size=vocab_size or (model and model.vocab_size)
+            )
+            _check_agreement(self.path, own, model)
+            model = own
+        self.model = with_padding(model, padded_vocab_size)
+        check_specs(self.path, self.specs, {tensor.key: tensor.shape for each in correspondences(self.model) for tensor in each.native})
+        folder = self.path.parent / TOKENIZER_FOLDER
+        self.companions = Companions(
+            tokenizer_files=tuple(sorted(folder.iterdir())) if folder.is_dir() else (),
+            tokenizer=find_tokenizer(folder),
+            sequence_length=getattr(arguments, "seq_length", None) or Companions.sequence_length,
+            step=int(common.get("iteration", 0)),
+        )
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by its key."""
+        return self._reader.read(name)
+
+    def _padded_vocab_size(self) -> int:
+        key = "embedding.word_embeddings.weight"
+        if key not in self.specs:
+            raise ValueError(f"{self.path} does not have {key}: it is no language model, or not all of one")
+        return self.specs[key].shape[0]
+
+
+class MegatronTarget:
+    """A folder with one iteration, the tracker file that names it, and the tokenizer.
+
+    Args:
+        plan: what will be written.
+        final: the directory's name when it is complete.
+    """
+
+    def __init__(self, plan: Plan, final: Path) -> None:
+        self._plan, self._final = plan, final
+        self._stages = stage_numbers(plan)
+        # Megatron-LM refuses a tracker that says 0.
+        self._iteration = max(1, plan.companions.step)
+        self._num_written = 0
+
+    def open(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
+        """See ``Target``."""
+        folder = self._folder(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = TorchDistWriter(folder, tensor_ranks=self._plan.layout.tensor, num_stages=self._plan.layout.pipeline)
+        self._writer.open(file_sizes(written))
+        self._num_written = len(written)
+
+    def write(self, native: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """See ``Target``."""
+        number, self._num_written = self._num_written, self._num_written + 1
+        pairs = zip(self._plan.correspondences[number].native, native, strict=True)
+        return [record for description, tensor in pairs for record in self._writer.write(description, tensor, self._stages[number])]
+
+    def flush(self) -> list[BinaryIO]:
+        """See ``Target``."""
+        return self._writer.flush()
+
+    def close(self) -> None:
+        """See ``Target``."""
+        self._writer.close()
+
+    def finish(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
+        """See ``Target``."""
+        copy_tokenizer(self._plan.companions, directory / TOKENIZER_FOLDER, self._final / TOKENIZER_FOLDER)
+        common = {
+            "args": argparse.Namespace(**arguments_of(self._plan, self._iteration)),
+            "checkpoint_version": 3.0,
+            "iteration": self._iteration,
+            "num_floating_point_operations_so_far": 0,
+        }
+        finish_directory(self._folder(directory), [record for each in written for record in each], common)
+        (directory / TRACKER).write_text(str(self._iteration))
+
+    def read_back(self, directory: Path) -> MegatronSource:
+        """See ``Target``."""
+        return MegatronSource(directory)
+
+    def _folder(self, directory: Path) -> Path:
+        return directory / f"iter_{self._iteration:07d}"
+
+
+def arguments_of(plan: Plan, iteration: int) -> dict[str, Any]:
+    """Return the arguments that Megatron-LM compares with its own, or takes over with ``--use-checkpoint-args``."""
+    model, layout = plan.model, plan.layout
+    return {
+        **{theirs: getattr(model, ours) for ours, theirs in _ARGUMENTS.items()},
+        **_FIXED,
+        "hybrid_override_pattern": model.layer_kinds,
+        "num_layers": model.num_layers,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": model.padded_vocab_size,
+        "make_vocab_size_divisible_by": model.vocab_divisible_by,
+        "seq_length": plan.companions.sequence_length,
+        "max_position_embeddings": plan.companions.sequence_length,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "data_parallel_size": 1,
+        "world_size": layout.tensor * layout.pipeline,
+        "bf16": plan.main_dtype == "bfloat16",
+        "fp16": plan.main_dtype == "float16",
+        "params_dtype": plan.dtypes[0],
+        "ckpt_format": "torch_dist",
+        "use_distributed_optimizer": False,
+        "iteration": iteration,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+
+
+def model_from_arguments(arguments: dict[str, Any], *, padded_vocab_size: int, vocab_size: int | None) -> ModelConfig:
+    """Return the model that Megatron-LM's arguments describe.
+
+    Raises:
+        ValueError: an argument is missing, or asks for what our layers do not do; the message names it.
+    """
+    for name in _CHECKED:
+        if arguments.get(name, _FIXED[name]) != _FIXED[name]:
+            raise ValueError(f"the checkpoint was trained with {name}={arguments[name]!r}; only {_FIXED[name]!r} can be converted")
+    pattern = arguments.get("hybrid_override_pattern") or arguments.get("hybrid_layer_pattern")
+    names = {ours: theirs for ours, theirs in _ARGUMENTS.items() if ours not in ("mamba_num_heads", "num_kv_heads")}
+    missing = [theirs for theirs in names.values() if arguments.get(theirs) is None]
+    if pattern is None or missing:
+        raise ValueError(
+            f"the checkpoint's arguments do not have {', '.join(missing) or 'hybrid_override_pattern'}, so they do not say what it is of"
+        )
+    if "/" in pattern:
+        raise ValueError(f"hybrid_override_pattern {pattern!r} has multi-token prediction layers (/), which are not converted")
+    inner = 2 * arguments["hidden_size"]
+    fields = {ours: arguments[theirs] for ours, theirs in names.items()}
+    # Unset, Megatron-LM takes the heads from an inner width of 2 x hidden_size, and one KV group per head.
+    fields["mamba_num_heads"] = arguments.get("mamba_num_heads") or inner // arguments["mamba_head_dim"]
+    fields["num_kv_heads"] = arguments["num_query_groups"] if arguments.get("group_query_attention") else arguments["num_attention_heads"]
+    size = vocab_size or arguments.get("vocab_size")
+    if size is None:
+        raise ValueError(
+            f"the checkpoint's arguments do not have vocab_size; say with --vocab-size how many of the {padded_vocab_size:,} rows are"
+        )
+    try:
+        return with_padding(ModelConfig(pattern=pattern, vocab_size=size, **fields), padded_vocab_size)
+    except ValidationError as error:
+        raise ValueError(f"the checkpoint's arguments do not describe a model of ours: {error}") from None
+
+
+def with_padding(model: ModelConfig, padded_vocab_size: int) -> ModelConfig:
+    """Return the model with a padding unit that gives this many rows: its own, the largest power of two that does, or all rows.
+
+    Raises:
+        ValueError: there are fewer rows than tokens.
+    """
+    if padded_vocab_size < model.vocab_size:
+        raise ValueError(f"the embedding has {padded_vocab_size:,} rows, but {model.vocab_size:,} tokens: it is of another vocabulary")
+    units = [model.vocab_divisible_by, *(1 << exponent for exponent in range(17, -1, -1)), padded_vocab_size]
+    candidates = (model.model_copy(update={"vocab_divisible_by": unit}) for unit in units)
+    return next(candidate for candidate in candidates if candidate.padded_vocab_size == padded_vocab_size)
+
+
+def _check_agreement(path: Path, own: ModelConfig, given: ModelConfig | None) -> None:
+    if given is None:
+        return
+    ignored = {"vocab_divisible_by", "init_std", "mamba_chunk_size", "pattern"}
+    here, there = (
+        given.model_dump(exclude=ignored) | {"layers": given.layer_kinds},
+        own.model_dump(exclude=ignored) | {"layers": own.layer_kinds},
+    )
+    differences = [f"{name} is {there[name]!r} there and {here[name]!r} in --config" for name in here if here[name] != there[name]]
+    if differences:
+        raise ValueError(f"{path} was trained with other arguments: {'; '.join(differences)}")
+
+
+def _find_iteration(path: Path) -> Path:
+    if (path / ".metadata").is_file():
+        return path
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        raise ValueError(f"{path} is neither a torch_dist checkpoint (no .metadata) nor a folder of them (no {TRACKER})")
+    text = tracker.read_text().strip()
+    if not re.fullmatch(r"\d+|release", text):
+        raise ValueError(f"{tracker} has {text!r}, expected an iteration")
+    return path / (text if text == "release" else f"iter_{int(text):07d}")
+
+
+def _read_common(path: Path, *, is_needed: bool) -> dict[str, Any]:
+    """Read ``common.pt`` without letting it run code: one with more than plain values is refused, or passed over if it can be."""
+    file = path / "common.pt"
+    if not file.is_file():
+        return {}
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not is_needed:
+            return {}
+        raise ValueError(
+            f"{file} has objects that could run code, so it is not read; say with --config what the checkpoint is of"
+        ) from error

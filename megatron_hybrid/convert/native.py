@@ -1,0 +1,208 @@
+"""Our own checkpoints: a run directory, or one checkpoint in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from megatron_hybrid.checkpoint.agreement import CheckpointError
+from megatron_hybrid.checkpoint.digest import shard_digest
+from megatron_hybrid.checkpoint.header import HEADER, header_text, read_header
+from megatron_hybrid.checkpoint.manifest import MANIFEST, Manifest, TensorFacts, check_contents, check_sizes, measure
+from megatron_hybrid.checkpoint.store import LATEST, complete_steps, step_name
+from megatron_hybrid.config import ModelConfig, RunConfig, TokenizerConfig, dump_config, load_config
+from megatron_hybrid.config.run_directory import CONFIG_NAME
+from megatron_hybrid.convert.correspondence import correspondences
+from megatron_hybrid.convert.source import Companions, Form
+from megatron_hybrid.convert.specs import TensorSpec, check_specs
+from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenizer, stage_numbers
+from megatron_hybrid.convert.torch_dist import TorchDistReader, TorchDistWriter, finish_directory
+from megatron_hybrid.data.tokenizer import load_tokenizer
+
+CHECKPOINTS = "checkpoints"
+_CONFIG_COMMENT = """\
+# Made by tools.convert_checkpoint. model and data.tokenizer are the checkpoint's; data.sources, optimizer and train say nothing about it
+# and stand here because a run has to have them. To train on: a configuration of your own with checkpoint.initialize_from={checkpoint}
+"""
+
+
+class NativeSource:
+    """One of our checkpoints. Every tensor that is read is compared with the manifest.
+
+    Args:
+        path: a run directory, whose newest complete checkpoint is taken, or a checkpoint directory.
+        tokenizer: taken instead of the one that the run names.
+
+    Raises:
+        ValueError: it is neither, or damaged, or not complete; the message names the file or the tensors.
+    """
+
+    form: Form = "native"
+
+    def __init__(self, path: Path, *, tokenizer: TokenizerConfig | None = None) -> None:
+        self.path, self._tokenizer = _find_checkpoint(path), tokenizer
+        header = read_header(self.path)
+        try:
+            self.model = ModelConfig.model_validate(header["model"])
+            self._manifest = Manifest.read(self.path)
+            check_sizes(self.path, self._manifest)
+            check_contents(self.path, self._manifest, [name for name in self._manifest.files if not name.endswith(".distcp")])
+        except ValidationError as error:
+            raise ValueError(f"{self.path} holds no language model that this program knows: {error}") from error
+        except CheckpointError as error:
+            raise ValueError(f"{error}; use another checkpoint") from error
+        self._reader = TorchDistReader(self.path)
+        self.specs: dict[str, TensorSpec] = self._reader.specs
+        check_specs(self.path, self.specs, {tensor.key: tensor.shape for each in correspondences(self.model) for tensor in each.native})
+        self._step: int = header["state"]["step"]
+
+    @cached_property
+    def companions(self) -> Companions:
+        """Looked for when they are wanted: a run directory that is not complete names a tokenizer that is not there yet.
+
+        Raises:
+            ValueError: the run's configuration or tokenizer cannot be read.
+        """
+        file = self.path.parent.parent / CONFIG_NAME
+        data = load_config(file).data if file.is_file() else None
+        tokenizer = self._tokenizer or (data and data.tokenizer)
+        known = Companions(step=self._step, sequence_length=data.sequence_length if data else Companions.sequence_length)
+        return known if tokenizer is None else with_tokenizer(known, tokenizer)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by its key.
+
+        Raises:
+            ValueError: it is not what was saved.
+        """
+        tensor = self._reader.read(name)
+        if _facts(tensor) != self._manifest.tensors[name]:
+            raise ValueError(f"{self.path}: {name} is not what was saved: its digest differs; use another checkpoint")
+        return tensor
+
+
+class NativeTarget:
+    """A run directory with one checkpoint of weights, that generation reads and training starts from.
+
+    Args:
+        plan: what will be written.
+        final: the directory's name when it is complete.
+    """
+
+    def __init__(self, plan: Plan, final: Path) -> None:
+        self._plan, self._final = plan, final
+        self._stages = stage_numbers(plan)
+        self._num_written = 0
+
+    def open(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
+        """See ``Target``."""
+        checkpoint = self._checkpoint(directory)
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        self._writer = TorchDistWriter(checkpoint, tensor_ranks=self._plan.layout.tensor, num_stages=self._plan.layout.pipeline)
+        self._writer.open(file_sizes(written))
+        self._num_written = len(written)
+
+    def write(self, native: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """See ``Target``."""
+        number, self._num_written = self._num_written, self._num_written + 1
+        records = []
+        for description, tensor in zip(self._plan.correspondences[number].native, native, strict=True):
+            digest = _facts(tensor).digest
+            records += [record | {"digest": digest} for record in self._writer.write(description, tensor, self._stages[number])]
+        return records
+
+    def flush(self) -> list[BinaryIO]:
+        """See ``Target``."""
+        return self._writer.flush()
+
+    def close(self) -> None:
+        """See ``Target``."""
+        self._writer.close()
+
+    def finish(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
+        """See ``Target``."""
+        checkpoint, records = self._checkpoint(directory), [record for each in written for record in each]
+        finish_directory(checkpoint, records, {})
+        step = self._plan.companions.step
+        # No stream of samples and no optimizer is behind these weights, so a run that would continue them is refused.
+        header = {"state": {"step": step, "samples": 0}, "model": self._plan.model.architecture(), "data": {}, "training": {}}
+        (checkpoint / HEADER).write_text(header_text(header))
+        files = {file.name: measure(file) for file in sorted(checkpoint.iterdir()) if file.name != MANIFEST}
+        tensors = {record["key"]: TensorFacts(tuple(record["whole"]), record["dtype"], record["digest"]) for record in records}
+        (checkpoint / MANIFEST).write_text(Manifest(files, tensors).to_text(), encoding="ascii")
+        (directory / CHECKPOINTS / LATEST).write_text(step_name(step) + "\n")
+        tokenizer = copy_tokenizer(self._plan.companions, directory / TOKENIZER_FOLDER, self._final.absolute() / TOKENIZER_FOLDER)
+        run = run_of(self._plan.model, self._final, precision="fp32" if self._plan.main_dtype == "float32" else "bf16")
+        run = run.model_copy(
+            update={"data": run.data.model_copy(update={"tokenizer": tokenizer, "sequence_length": self._plan.companions.sequence_length})}
+        )
+        comment = _CONFIG_COMMENT.format(checkpoint=self._checkpoint(self._final))
+        (directory / CONFIG_NAME).write_text(comment + dump_config(run))
+
+    def read_back(self, directory: Path) -> NativeSource:
+        """See ``Target``."""
+        return NativeSource(directory)
+
+    def _checkpoint(self, directory: Path) -> Path:
+        return directory / CHECKPOINTS / step_name(self._plan.companions.step)
+
+
+def run_of(model: ModelConfig, run_dir: Path, *, precision: str) -> RunConfig:
+    """Return a run that has this model, for what needs one and reads nothing else of it."""
+    return RunConfig(
+        run_dir=run_dir,
+        model=model.model_copy(update={"pattern": model.layer_kinds}),
+        data={"sources": {"unset": Path("unset")}, "sequence_length": 8192},
+        optimizer={"lr": 1e-5},
+        train={"steps": 1, "global_batch_size": 1, "precision": precision},
+    )
+
+
+def file_sizes(written: Sequence[list[dict[str, Any]]]) -> dict[str, int]:
+    """Return how much of each file is written, from the records of its shards."""
+    ends = ((record["file"], record["start"] + record["length"]) for records in written for record in records)
+    sizes: dict[str, int] = {}
+    for name, end in ends:
+        sizes[name] = max(end, sizes.get(name, 0))
+    return sizes
+
+
+def _facts(tensor: Tensor) -> TensorFacts:
+    shape = tuple(tensor.shape)
+    return TensorFacts(shape, str(tensor.dtype).removeprefix("torch."), f"{shard_digest(tensor, shape, (0,) * len(shape)):016x}")
+
+
+def _find_checkpoint(path: Path) -> Path:
+    if (path / HEADER).is_file():
+        return path
+    steps = complete_steps(path / CHECKPOINTS)
+    if not steps:
+        raise ValueError(f"{path} is neither a checkpoint (no {HEADER}) nor a run directory with one (no complete {CHECKPOINTS}/step_...)")
+    return path / CHECKPOINTS / step_name(steps[-1])
+
+
+def with_tokenizer(companions: Companions, tokenizer: TokenizerConfig) -> Companions:
+    """Return the same with another tokenizer.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        eos_token_id = load_tokenizer(tokenizer.kind, tokenizer.path, tokenizer.eod_token).eod_id
+    except ValueError as error:
+        raise ValueError(f"{error}; name with --tokenizer the one that goes with the weights") from error
+    return replace(companions, tokenizer=tokenizer, tokenizer_files=_files_of(tokenizer), eos_token_id=eos_token_id)
+
+
+def _files_of(tokenizer: TokenizerConfig) -> tuple[Path, ...]:
+    """Return the files a tokenizer consists of: those of its folder, or its one file."""
+    if tokenizer.path.is_dir():
+        return tuple(sorted(file for file in tokenizer.path.iterdir() if file.is_file()))
+    beside = tokenizer.path.with_name("tokenizer_config.json")
+    return (tokenizer.path, beside) if beside.is_file() else (tokenizer.path,)

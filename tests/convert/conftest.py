@@ -1,0 +1,43 @@
+"""Checkpoints that many tests read, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tests.convert.checkpoints import BASE, save_hub
+from tools.convert_checkpoint import main
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are too small to share among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face checkpoint with a tokenizer; not to be changed."""
+    path = save_hub(tmp_path_factory.mktemp("hub") / "model")
+    words = {f"w{number}": number for number in range(BASE["vocab_size"])}
+    words["</s>"] = words.pop("w3")
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}')
+    return path
+
+
+@pytest.fixture(scope="session")
+def native(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a run directory of ours, cut for 2 x 2 ranks; not to be changed."""
+    path = tmp_path_factory.mktemp("native") / "run"
+    assert main(["--from", "hf", "--to", "native", str(hub), str(path), "--tensor", "2", "--pipeline", "2", "--verdict", "bits"]) == 0
+    return path

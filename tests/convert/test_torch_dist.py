@@ -1,0 +1,109 @@
+"""Directories of ours are megatron-core's, in any cut; and what ranks of any layout saved is read whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_hybrid.checkpoint import CheckpointStore
+from megatron_hybrid.checkpoint.sharding import shard_parameters
+from megatron_hybrid.config import RunConfig
+from megatron_hybrid.convert.correspondence import correspondences
+from megatron_hybrid.convert.native import NativeSource
+from megatron_hybrid.convert.torch_dist import TorchDistReader
+from megatron_hybrid.layers.parameters import Declaration
+from megatron_hybrid.model.build import build_chunks
+from megatron_hybrid.substrate.groups import initialize
+from megatron_hybrid.substrate.transformer_config import build_transformer_config
+from tests.runs import small_run
+from tools.convert_checkpoint import main
+
+
+def save_run(run: RunConfig) -> None:
+    """Save the initial weights, as the trainer does; no layout changes what they are. Runs on every rank."""
+    substrate = initialize(run)
+    sharded: dict[str, Any] = {}
+    for chunk in build_chunks(run, build_transformer_config(run, substrate), substrate):
+        sharded |= shard_parameters(chunk.named_global_parameters(), substrate.tensor_group, substrate.data_group)
+    header = {"state": {"step": 5, "samples": 40}, "model": run.model.architecture(), "data": {}, "training": {}}
+    CheckpointStore(run.run_dir / "checkpoints", keep_last=None, asynchronous=False).save(5, {"model": sharded}, header)
+
+
+def load_with_megatron_core(directory: Path, run: RunConfig) -> list[str]:
+    """What differs from the initial weights when megatron-core's ``load`` reads a directory; runs on every rank of a layout."""
+    substrate = initialize(run)
+    found = []
+    for chunk in build_chunks(run, build_transformer_config(run, substrate), substrate):
+        sharded = shard_parameters(chunk.named_global_parameters(), substrate.tensor_group, substrate.data_group)
+        loaded = dist_checkpointing.load({"model": sharded}, str(directory))["model"]
+        found += [
+            name for name, parameter in chunk.named_global_parameters() if not is_same(parameter, loaded[name], substrate.tensor_rank, run)
+        ]
+    return found
+
+
+def is_same(parameter: torch.nn.Parameter, loaded: torch.Tensor, tensor_rank: int, run: RunConfig) -> bool:
+    """Bit for bit, but for rows of the vocabulary that are padding."""
+    declaration: Declaration = parameter.declaration
+    if declaration.global_shape[0] != run.model.padded_vocab_size:
+        return torch.equal(parameter, loaded)
+    num_tokens = max(0, run.model.vocab_size - tensor_rank * len(parameter))
+    return torch.equal(parameter[:num_tokens], loaded[:num_tokens])
+
+
+LAYOUTS = {"tp2 pp2": {"tensor": 2, "pipeline": 2}, "pp2 interleaved": {"pipeline": 2, "virtual_pipeline": 2}}
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+def test_shards_of_any_layout_become_the_same_hub_checkpoint(parallel: dict[str, int], tmp_path: Path, run_ranks) -> None:
+    files = []
+    for name, layout in (("one", {}), ("many", parallel)):
+        run_ranks(
+            save_run,
+            layout.get("tensor", 1) * layout.get("pipeline", 1),
+            small_run(tmp_path, run_dir=tmp_path / name, parallel=layout, train={"global_batch_size": 8}),
+        )
+        assert main(["--from", "native", "--to", "hf", str(tmp_path / name), str(tmp_path / f"{name}.hf"), "--verdict", "bits"]) == 0
+        files.append((tmp_path / f"{name}.hf" / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kind", ["megatron", "native"])
+def test_megatron_core_loads_what_is_written_into_any_layout(kind: str, tmp_path: Path, run_ranks) -> None:
+    run = small_run(tmp_path, run_dir=tmp_path / "run")
+    run_ranks(save_run, 1, run)
+    hub, target = tmp_path / "hub", tmp_path / "target"
+    assert main(["--from", "native", "--to", "hf", str(run.run_dir), str(hub), "--verdict", "bits"]) == 0
+    assert main(["--from", "hf", "--to", kind, str(hub), str(target), "--tensor", "4", "--pipeline", "2", "--verdict", "bits"]) == 0
+    (directory,) = [path.parent for path in target.rglob(".metadata")]
+    assert len(list(directory.glob("*.distcp"))) == 8
+    assert dist_checkpointing.check_is_distributed_checkpoint(str(directory))
+    for layout in ({}, {"tensor": 2}, {"pipeline": 2}):
+        ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
+        assert run_ranks(load_with_megatron_core, ranks, directory, small_run(tmp_path, parallel=layout)) == [[]] * ranks
+
+
+def test_metadata_names_every_tensor(native: Path) -> None:
+    source = NativeSource(native)
+    found = dist_checkpointing.load_tensors_metadata(str(source.path))
+    assert all(isinstance(tensor, ShardedTensor) for tensor in found.values())
+    assert {key: tuple(tensor.global_shape) for key, tensor in found.items()} == {
+        tensor.key: tensor.shape for each in correspondences(source.model) for tensor in each.native
+    }
+
+
+def test_truncated_files_are_refused_by_tensor(native: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(NativeSource(native).path, tmp_path / "copy"))
+    file = copy / "__3_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"is truncated: .* too short for output_layer.weight"):
+        TorchDistReader(copy)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"is truncated: a file is missing or too short for decoder\.layers"):
+        TorchDistReader(copy)

@@ -1,0 +1,146 @@
+"""The command: every pair of kinds ends in a verdict, mistakes are one line, and transformers loads what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_hybrid.convert.hub import HubSource
+from megatron_hybrid.convert.megatron import MegatronSource
+from tests.convert.checkpoints import random_hub_model, save_hub
+from tools.convert_checkpoint import main
+
+KINDS = ("hf", "megatron", "native")
+TOKENS = torch.tensor([[5, 17, 3, 200, 9]])
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same small model in every kind."""
+    folder = tmp_path_factory.mktemp("sources")
+    save_hub(folder / "hf", hybrid_override_pattern="M-*-")
+    for kind in ("megatron", "native"):
+        assert main(["--from", "hf", "--to", kind, str(folder / "hf"), str(folder / kind), "--verdict", "bits"]) == 0
+    return {kind: folder / kind for kind in KINDS}
+
+
+@pytest.mark.parametrize(("here", "there"), list(product(KINDS, KINDS)))
+def test_every_pair_ends_in_a_verdict(
+    here: str, there: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--from", here, "--to", there, str(sources[here]), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "come back bit for bit" in said and "verdict: passed" in said
+    assert ("logits of 160 tokens, ours and transformers 5.23.0 in fp32: largest error" in said) == ("hf" in (here, there))
+    assert main(["--from", there, "--to", here, str(tmp_path / "out"), str(sources[here]), "--verify-only", "--verdict", "bits"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("style", ["transformers", "hub"])
+def test_transformers_loads_what_is_written(style: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    assert (
+        main(
+            [
+                "--from",
+                "native",
+                "--to",
+                "hf",
+                str(sources["native"]),
+                str(target),
+                "--hf-style",
+                style,
+                "--shard-gb",
+                "0.00005",
+                "--verdict",
+                "bits",
+            ]
+        )
+        == 0
+    )
+    config = json.loads((target / "config.json").read_text())
+    prefix = {"transformers": "model.", "hub": "backbone."}[style]
+    weight_map = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all(name == "lm_head.weight" or name.startswith(prefix) for name in weight_map)
+    assert ("layers_block_type" in config, "hybrid_override_pattern" in config) == (style == "transformers", style == "hub")
+    model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, random_hub_model(hybrid_override_pattern="M-*-")(TOKENS).logits)
+
+
+def test_dtypes_are_kept_or_chosen(sources: dict[str, Path], tmp_path: Path) -> None:
+    save_hub(tmp_path / "hub", dtype=torch.bfloat16, hybrid_override_pattern="M-*-")
+    for there, option, expected in (("kept", "keep", torch.bfloat16), ("widened", "float32", torch.float32)):
+        assert (
+            main(["--from", "hf", "--to", "hf", str(tmp_path / "hub"), str(tmp_path / there), "--dtype", option, "--verdict", "bits"]) == 0
+        )
+        specs = HubSource(tmp_path / there).specs
+        assert {spec.dtype for name, spec in specs.items() if not name.endswith(("A_log", "mixer.D", "dt_bias"))} == {expected}
+        assert {spec.dtype for name, spec in specs.items() if name.endswith(("A_log", "mixer.D", "dt_bias"))} == {torch.float32}
+
+
+def test_vocabulary_padding_is_chosen(sources: dict[str, Path], tmp_path: Path) -> None:
+    assert main(["--from", "native", "--to", "megatron", str(sources["native"]), str(tmp_path / "out"), "--vocab-divisible-by", "512"]) == 0
+    assert main(["--from", "megatron", "--to", "hf", str(tmp_path / "out"), str(tmp_path / "hub"), "--verdict", "bits"]) == 0
+    padded, hub = MegatronSource(tmp_path / "out"), HubSource(tmp_path / "hub")
+    assert (padded.specs["output_layer.weight"].shape[0], hub.specs["lm_head.weight"].shape[0]) == (512, 250)
+    assert padded.read("output_layer.weight")[250:].eq(0).all()
+
+
+def test_a_verdict_against_a_target_is_exit_code_1(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = Path(shutil.copytree(sources["hf"], tmp_path / "target"))
+    save_hub(target, seed=1, hybrid_override_pattern="M-*-")
+    command = ["--from", "native", "--to", "hf", str(sources["native"]), str(target), "--verify-only"]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "embedding.word_embeddings.weight: other values" in said and "bound" in said and "verdict: FAILED" in said
+    (target / "model.safetensors").write_bytes((target / "model.safetensors").read_bytes()[:-1])
+    assert main(command) == 1
+    assert "verdict: FAILED" in (said := capsys.readouterr().out) and "is truncated" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "hf", "--tensor", "2"], "--tensor means something only with --to megatron or native"),
+        (["--to", "native", "--hf-style", "hub"], "--hf-style means something only with --to hf"),
+        (["--to", "native", "--vocab-size", "3"], "--vocab-size means something only with --from megatron"),
+        (["--to", "hf", "--shard-gb", "-1"], "--shard-gb must be above 0"),
+        (["--to", "native", "--tensor", "3"], "does not divide by parallel.tensor=3"),
+        (["--to", "native", "--pipeline", "9"], "asks for 9 stages"),
+        (["--to", "native", "--tokenizer", "nowhere"], "tokenizer nowhere does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(
+    options: list[str], message: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--from", "hf", str(sources["hf"]), str(tmp_path / "out"), *options]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ") and message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_sources_of_another_kind_are_refused(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, message in (
+        ("hf", "is no Hugging Face model"),
+        ("native", "is neither a checkpoint"),
+        ("megatron", "is neither a torch_dist checkpoint"),
+    ):
+        assert main(["--from", kind, "--to", "hf", str(tmp_path), str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_shows_an_example() -> None:
+    result = subprocess.run([sys.executable, "-m", "tools.convert_checkpoint", "--help"], capture_output=True, text=True, check=True)
+    assert (
+        "python -m tools.convert_checkpoint --from native --to hf" in result.stdout and "exit code: 0 converted and proven" in result.stdout
+    )
