@@ -55,11 +55,11 @@ def decode_in_pieces(run: RunConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]
     model = small_model(run)
     tokens_BL = torch.randint(VOCAB_SIZE, (BATCH_SIZE, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        uncached = model(tokens_BL).float().numpy()
+        uncached = model(tokens_BL).float().cpu().numpy()
     cached = {}
     for name, lengths in PIECES.items():
         decoder = Decoder(model, batch_size=BATCH_SIZE, max_length=LENGTH)
-        cached[name] = np.stack([decoder.advance(piece_BL).numpy() for piece_BL in tokens_BL.split(lengths, dim=1)], axis=1)
+        cached[name] = np.stack([decoder.advance(piece_BL).cpu().numpy() for piece_BL in tokens_BL.split(lengths, dim=1)], axis=1)
     return uncached, cached
 
 
@@ -92,7 +92,7 @@ def loop(run: RunConfig) -> dict[str, Any]:
 
     greedy = tokens(sampling=Sampling(temperature=0.0))
     with torch.no_grad():
-        uncached = model(torch.tensor([prompt + greedy]))[0, len(prompt) - 1 : -1].numpy()
+        uncached = model(torch.tensor([prompt + greedy]))[0, len(prompt) - 1 : -1].cpu().numpy()
     report = {
         "greedy": greedy,
         "uncached": uncached,

@@ -89,6 +89,18 @@ def test_validation_sees_the_last_update(tmp_path: Path, run_ranks) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_batch_size_changed_on_the_way(tmp_path: Path, run_ranks) -> None:
+    """The run still ends by samples, with its last validation, and the step count says when."""
+    write_corpus(tmp_path / "text")
+    validation = {"sources": {"text": tmp_path / "text"}, "every_steps": 100, "num_batches": 1}
+    run_ranks(train_logged, 1, small_run(tmp_path, validation=validation, train={"steps": 4, "exit_after_steps": 1}))
+    (rest,) = run_ranks(train_logged, 1, small_run(tmp_path, validation=validation, train={"steps": 2, "global_batch_size": 16}))
+    assert (rest.first_step, rest.last_step) == (1, 3), "24 samples are left, and a step takes 16"
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["total_steps"] for line in lines if line["kind"] == "step"] == [4, 3, 3]
+    assert lines[-1]["kind"] == "validation"
+
+
 def train_logged(run):
     return train(run, logged=True)
 

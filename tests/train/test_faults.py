@@ -94,6 +94,14 @@ def test_divergence_is_one_clear_error(folder: Path, run_ranks) -> None:
     assert "samples from" in message and "checkpoint" in message
 
 
+def test_a_save_under_way_survives_divergence(folder: Path, run_ranks) -> None:
+    """The error names a checkpoint that is there, although the run ends while it is being written."""
+    run = small_run(folder, optimizer={"lr": 1e30, "clip_grad": 0.0}, checkpoint={"every_steps": 1, "asynchronous": True})
+    (message,) = run_ranks(raised_by, 1, train, run)
+    assert "the last checkpoint is of step 1" in message
+    assert (folder / "run" / "checkpoints" / "step_00000001" / "manifest.json").exists()
+
+
 def test_resume_refuses_another_stream_or_model(folder: Path, run_ranks) -> None:
     run_ranks(train, 1, small_run(folder, train={"exit_after_steps": 1}))
     (message,) = run_ranks(raised_by, 1, train, small_run(folder, seed=7))

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hybrid.config import RunConfig
 from tests.runs import small_run, write_corpus
-from tests.train.layouts import assemble, train_in_layout
+from tests.train.layouts import RankReport, assemble, train_in_layout
 
 NUM_STEPS = 5
 
@@ -48,15 +49,27 @@ def one_rank(folder: Path, rank_pool):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layout_changes_nothing(layout: dict, folder: Path, one_rank, run_ranks) -> None:
-    run = small_run(folder, parallel=layout)
+    check(small_run(folder, parallel=layout), one_rank, run_ranks)
+
+
+@pytest.mark.parametrize("pattern", ["MM---*|M-", "---M|*-MM", "M*|**|-M|M"])
+def test_odd_patterns(pattern: str, folder: Path, run_ranks) -> None:
+    """Runs of one kind, and stages cut at the marks, which one rank does not heed."""
+    model, num_stages = {"pattern": pattern}, pattern.count("|") + 1
+    reference = run_ranks(train_in_layout, 1, small_run(folder, model=model), NUM_STEPS)
+    check(small_run(folder, model=model, parallel={"pipeline": num_stages}), reference, run_ranks)
+
+
+def check(run: RunConfig, reference: list[RankReport], run_ranks) -> None:
+    """Train in the run's layout and compare with one rank's report."""
     world_size = run.parallel.model_ranks * (run.parallel.data or 1)
     reports = run_ranks(train_in_layout, world_size, run, NUM_STEPS)
-    expected = assemble(one_rank, 1)
+    expected = assemble(reference, 1)
     initial = assemble(reports, run.parallel.tensor)
     assert initial.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(initial[name], values, err_msg=name)
     for report in reports:
-        assert report.hashes == one_rank[0].hashes
-        np.testing.assert_allclose(report.losses, one_rank[0].losses, rtol=1e-5)
-        np.testing.assert_allclose(report.grad_norms, one_rank[0].grad_norms, rtol=1e-4)
+        assert report.hashes == reference[0].hashes
+        np.testing.assert_allclose(report.losses, reference[0].losses, rtol=1e-5)
+        np.testing.assert_allclose(report.grad_norms, reference[0].grad_norms, rtol=1e-4)

@@ -51,6 +51,10 @@ def test_resume_is_bitwise(parallel: dict, precision: str, distributed_optimizer
     check_resume({**parallel, "distributed_optimizer": distributed_optimizer}, precision, corpus, tmp_path, run_ranks)
 
 
+def test_resume_is_bitwise_over_interleaved_stages(corpus: Path, tmp_path: Path, run_ranks) -> None:
+    check_resume({"pipeline": 2, "virtual_pipeline": 2}, "bf16", corpus, tmp_path, run_ranks)
+
+
 def test_resume_is_bitwise_with_overlapped_communication(corpus: Path, tmp_path: Path, run_ranks) -> None:
     check_resume({"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}, "bf16", corpus, tmp_path, run_ranks)
 
