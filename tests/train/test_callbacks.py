@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.train.callbacks.console import format_duration, format_record
 from megatron_hybrid.train.callbacks.loss_curve import draw_loss_curve
 from megatron_hybrid.train.callbacks.metrics_file import read_metrics
+from megatron_hybrid.train.callbacks.wandb import WandbLog
 from megatron_hybrid.train.progress import StepRecord
 from tests.runs import small_run, write_corpus
 from tests.train.training import train
@@ -103,6 +107,25 @@ def test_batch_size_changed_on_the_way(tmp_path: Path, run_ranks) -> None:
 
 def train_logged(run):
     return train(run, logged=True)
+
+
+def test_wandb_continues_one_run_per_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the package, which is not a dependency."""
+    started: list[dict] = []
+    package = types.ModuleType("wandb")
+    package.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    package.init = lambda **options: started.append(options)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    for name in ("a/model", "b/model", "a/model"):
+        WandbLog(small_run(tmp_path, run_dir=tmp_path / name, logging={"wandb_project": "hybrids"})).on_start(None)
+    assert [options["project"] for options in started] == ["hybrids"] * 3
+    assert started[0]["id"] == started[2]["id"] != started[1]["id"]
+    assert started[0]["resume"] == "allow"
+
+
+def test_missing_logger_is_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs the wandb package"):
+        WandbLog(small_run(tmp_path, logging={"wandb_project": "hybrids"}))
 
 
 def test_curve_survives_a_line_cut_short(tmp_path: Path) -> None:

@@ -70,6 +70,31 @@ def test_signal_during_validation(folder: Path, run_ranks) -> None:
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [4, 5]
 
 
+class KillInSave(Callback):
+    """Sends SIGTERM when the first checkpoint is about to be written."""
+
+    def on_start(self, trainer) -> None:
+        save = trainer.store.save
+
+        def killing(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            trainer.store.save = save
+            save(*arguments)
+
+        trainer.store.save = killing
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_signal_during_save(asynchronous: bool, folder: Path, run_ranks) -> None:
+    """The save is finished, and it is the one the run leaves with."""
+    run = small_run(folder, checkpoint={"every_steps": 2, "asynchronous": asynchronous})
+    (stopped,) = run_ranks(train, 1, run, (KillInSave(),))
+    assert (stopped.exit_code, stopped.last_step) == (ExitCode.STOPPED, 2)
+    assert [path.name for path in sorted((folder / "run" / "checkpoints").glob("step_*"))] == ["step_00000002"]
+    (rest,) = run_ranks(train, 1, run)
+    assert (rest.exit_code, rest.first_step) == (ExitCode.FINISHED, 2)
+
+
 def train_logged(run, callbacks):
     return train(run, callbacks, logged=True)
 
