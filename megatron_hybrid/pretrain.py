@@ -18,7 +18,7 @@ def pretrain(run: RunConfig, substrate: Substrate) -> ExitCode:
     config = build_transformer_config(run, substrate)
     task = Pretraining(run, config, substrate)
     if substrate.rank == 0:
-        print(describe_blend(task.stream, run.train.steps * run.train.global_batch_size), flush=True)
+        print(describe_blend(task.stream, run.total_samples), flush=True)
     trainer = Trainer(run, task, config, substrate, standard_callbacks(run, substrate))
     trainer.resume()
     if trainer.is_finished:

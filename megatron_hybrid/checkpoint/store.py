@@ -198,11 +198,11 @@ class CheckpointStore:
         manifest = Manifest(files, join_shards(shard for written in all_written for shard in written.shards))
         (partial / MANIFEST).write_text(manifest.to_text(), encoding="ascii")
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync_path(file)
+        sync_path(partial)
         replaced = _take_name_away(final) if final.exists() else None
         partial.rename(final)
-        _sync(self.directory)
+        sync_path(self.directory)
         _replace_text(self.directory / LATEST, pending.name + "\n")
         _log.info("saved %s", final)
         doomed = [] if replaced is None else [replaced]
@@ -247,12 +247,12 @@ def _take_name_away(checkpoint: Path) -> Path:
 def _replace_text(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text)
-    _sync(temporary)
+    sync_path(temporary)
     os.replace(temporary, file)
-    _sync(file.parent)
+    sync_path(file.parent)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """Have a file or directory on the disk itself, not only in the kernel's memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

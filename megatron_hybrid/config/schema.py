@@ -400,6 +400,11 @@ class RunConfig(Section):
         return self.train.global_batch_size * self.data.sequence_length
 
     @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.train.steps * self.train.global_batch_size
+
+    @property
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
         return self.train.steps * self.tokens_per_step

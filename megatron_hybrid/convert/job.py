@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_hybrid.checkpoint.store import sync_path
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.source import Source, read_as, target_dtype
 from megatron_hybrid.convert.target import Layout, Plan, Target
@@ -90,9 +91,9 @@ def publish(partial: Path, final: Path) -> None:
     """Give a complete directory its name, when everything in it is on the disk."""
     (partial / _JOURNAL).unlink()
     for path in [*partial.rglob("*"), partial]:
-        _sync_path(path)
+        sync_path(path)
     partial.rename(final)
-    _sync_path(final.parent)
+    sync_path(final.parent)
 
 
 def reject(partial: Path, final: Path) -> Path:
@@ -137,7 +138,7 @@ class _Journal:
         """Write what is known anew, so that a line that was cut off is gone, and stay open for more."""
         anew = self._path.with_suffix(".tmp")
         anew.write_text("".join(json.dumps(line) + "\n" for line in [self._job, *self.written]))
-        _sync_path(anew)
+        sync_path(anew)
         os.replace(anew, self._path)
         self._file = self._path.open("a")
         self._num_saved = len(self.written)
@@ -172,11 +173,3 @@ def _check_space(final: Path, needed_bytes: int) -> None:
 def _sync(target: Target) -> None:
     for file in target.flush():
         os.fsync(file.fileno())
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from megatron_hybrid.checkpoint.header import HEADER, header_text, read_header
 from megatron_hybrid.checkpoint.manifest import MANIFEST, Manifest, TensorFacts, check_contents, check_sizes, measure
 from megatron_hybrid.checkpoint.store import LATEST, complete_steps, step_name
 from megatron_hybrid.config import ModelConfig, RunConfig, TokenizerConfig, dump_config, load_config
-from megatron_hybrid.config.run_directory import CONFIG_NAME
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME, CONFIG_NAME
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.source import Companions, Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
@@ -25,7 +25,6 @@ from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenize
 from megatron_hybrid.convert.torch_dist import TorchDistReader, TorchDistWriter, finish_directory
 from megatron_hybrid.data.tokenizer import load_tokenizer
 
-CHECKPOINTS = "checkpoints"
 _CONFIG_COMMENT = """\
 # Made by tools.convert_checkpoint. model and data.tokenizer are the checkpoint's; data.sources, optimizer and train say nothing about it
 # and stand here because a run has to have them. To train on: a configuration of your own with checkpoint.initialize_from={checkpoint}
@@ -136,7 +135,7 @@ class NativeTarget:
         files = {file.name: measure(file) for file in sorted(checkpoint.iterdir()) if file.name != MANIFEST}
         tensors = {record["key"]: TensorFacts(tuple(record["whole"]), record["dtype"], record["digest"]) for record in records}
         (checkpoint / MANIFEST).write_text(Manifest(files, tensors).to_text(), encoding="ascii")
-        (directory / CHECKPOINTS / LATEST).write_text(step_name(step) + "\n")
+        (directory / CHECKPOINTS_NAME / LATEST).write_text(step_name(step) + "\n")
         tokenizer = copy_tokenizer(self._plan.companions, directory / TOKENIZER_FOLDER, self._final.absolute() / TOKENIZER_FOLDER)
         run = run_of(self._plan.model, self._final, precision="fp32" if self._plan.main_dtype == "float32" else "bf16")
         run = run.model_copy(
@@ -150,7 +149,7 @@ class NativeTarget:
         return NativeSource(directory)
 
     def _checkpoint(self, directory: Path) -> Path:
-        return directory / CHECKPOINTS / step_name(self._plan.companions.step)
+        return directory / CHECKPOINTS_NAME / step_name(self._plan.companions.step)
 
 
 def run_of(model: ModelConfig, run_dir: Path, *, precision: str) -> RunConfig:
@@ -181,10 +180,12 @@ def _facts(tensor: Tensor) -> TensorFacts:
 def _find_checkpoint(path: Path) -> Path:
     if (path / HEADER).is_file():
         return path
-    steps = complete_steps(path / CHECKPOINTS)
+    steps = complete_steps(path / CHECKPOINTS_NAME)
     if not steps:
-        raise ValueError(f"{path} is neither a checkpoint (no {HEADER}) nor a run directory with one (no complete {CHECKPOINTS}/step_...)")
-    return path / CHECKPOINTS / step_name(steps[-1])
+        raise ValueError(
+            f"{path} is neither a checkpoint (no {HEADER}) nor a run directory with one (no complete {CHECKPOINTS_NAME}/step_...)"
+        )
+    return path / CHECKPOINTS_NAME / step_name(steps[-1])
 
 
 def with_tokenizer(companions: Companions, tokenizer: TokenizerConfig) -> Companions:

@@ -4,12 +4,12 @@ tensor-parallel over key/value groups."""
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layers.linear import NormColumnParallelLinear, ResidualRowParallelLinear
+from megatron_hybrid.layers.recompute import recompute_between
 from megatron_hybrid.layers.sequence import AttentionCache, Sequence
 from megatron_hybrid.layers.specs import Ops
 
@@ -44,11 +44,7 @@ class SelfAttention(torch.nn.Module):
         qkv_LBE = self.linear_qkv(hidden_LBD)
         if cache is not None or not (self.recompute_core and self.training):
             return self.linear_proj(self._core(qkv_LBE, sequence, cache))
-        checkpoint = CheckpointWithoutOutput(fp8=None)
-        attended_LBE = checkpoint.checkpoint(lambda projected: self._core(projected, sequence, None), qkv_LBE)
-        out_LBD = self.linear_proj(attended_LBE)
-        checkpoint.discard_output_and_register_recompute(out_LBD)
-        return out_LBD
+        return recompute_between(lambda projected: self._core(projected, sequence, None), self.linear_proj, qkv_LBE)
 
     def _core(self, qkv_LBE: Tensor, sequence: Sequence, cache: AttentionCache | None) -> Tensor:
         """Attention proper: [L, B, linear_qkv rows] to [L, B, heads x head_dim]."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 
 import torch
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layers.linear import NormColumnParallelLinear, ResidualRowParallelLinear
 from megatron_hybrid.layers.parameters import Component, declare, inverse_softplus_time_step, log_uniform_decay, ones, uniform
+from megatron_hybrid.layers.recompute import recompute_between
 from megatron_hybrid.layers.sequence import MambaCache, Sequence
 from megatron_hybrid.layers.specs import Ops
 from megatron_hybrid.ops.conv1d import causal_conv1d_step
@@ -74,11 +74,7 @@ class MambaMixer(torch.nn.Module):
             return self.out_proj(self._continue(zxBCdt_LBE, cache))
         if not (self.recompute_core and self.training):
             return self.out_proj(self._core(zxBCdt_LBE, sequence.segment_ids_BL))
-        checkpoint = CheckpointWithoutOutput(fp8=None)
-        gated_LBI = checkpoint.checkpoint(lambda projected: self._core(projected, sequence.segment_ids_BL), zxBCdt_LBE)
-        out_LBD = self.out_proj(gated_LBI)
-        checkpoint.discard_output_and_register_recompute(out_LBD)
-        return out_LBD
+        return recompute_between(lambda projected: self._core(projected, sequence.segment_ids_BL), self.out_proj, zxBCdt_LBE)
 
     def _core(self, zxBCdt_LBE: Tensor, segment_ids_BL: Tensor | None) -> Tensor:
         """Convolution, scan and gated norm over whole sequences: [L, B, in_proj rows] to [L, B, inner]."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layers.linear import NormColumnParallelLinear, ResidualRowParallelLinear
+from megatron_hybrid.layers.recompute import recompute_between
 from megatron_hybrid.layers.sequence import Sequence
 from megatron_hybrid.layers.specs import Ops
 
@@ -39,8 +39,4 @@ class Mlp(torch.nn.Module):
         inner_LBF = self.linear_fc1(hidden_LBD)
         if not (self.recompute_core and self.training):
             return self.linear_fc2(self.squared_relu(inner_LBF))
-        checkpoint = CheckpointWithoutOutput(fp8=None)
-        activated_LBF = checkpoint.checkpoint(self.squared_relu, inner_LBF)
-        out_LBD = self.linear_fc2(activated_LBF)
-        checkpoint.discard_output_and_register_recompute(out_LBD)
-        return out_LBD
+        return recompute_between(self.squared_relu, self.linear_fc2, inner_LBF)

@@ -67,14 +67,13 @@ class Progress:
         self.num_steps += 1
         samples_per_s = self.run.train.global_batch_size / step_s
         tflops = samples_per_s * self.flops_per_sample / self.substrate.world_size / 1e12
-        total_samples = self.run.train.steps * self.run.train.global_batch_size
-        steps_left = -(-(total_samples - state.samples) // self.run.train.global_batch_size)
+        steps_left = -(-(self.run.total_samples - state.samples) // self.run.train.global_batch_size)
         return StepRecord(
             step=state.step,
             total_steps=state.step + steps_left,
             tokens=state.samples * self.run.data.sequence_length,
             samples=state.samples,
-            total_samples=total_samples,
+            total_samples=self.run.total_samples,
             metrics=result.metrics,
             grad_norm=result.grad_norm,
             learning_rate=learning_rate,

@@ -69,14 +69,9 @@ class Trainer:
         self.scaling = ScalingCheckpoint(run.fp8, self.chunks, substrate)
 
     @property
-    def total_samples(self) -> int:
-        """Samples of the whole run."""
-        return self.run.train.steps * self.run.train.global_batch_size
-
-    @property
     def is_finished(self) -> bool:
         """Whether all samples of the run were seen."""
-        return self.state.samples >= self.total_samples
+        return self.state.samples >= self.run.total_samples
 
     def train(self) -> ExitCode:
         """Run from where ``resume`` left the state to the end, or until asked to stop; the weights are saved in either case."""

@@ -19,7 +19,7 @@ class Validation(Callback):
     """Every ``validation.every_steps``, and at the end, averages the loss over each validation source. Runs on every rank."""
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step % trainer.run.validation.every_steps == 0 or record.samples >= trainer.total_samples:
+        if record.step % trainer.run.validation.every_steps == 0 or trainer.is_finished:
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
