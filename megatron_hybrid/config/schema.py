@@ -394,6 +394,8 @@ class RuntimeConfig(Section):
     """Longest wait in a collective before the run is ended with an error; for the first meeting of the ranks at most 300 s of it."""
     threads_per_rank: int | None = Field(None, gt=0)
     """CPU threads of one rank. Unset: the host's cores shared among its ranks."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Launch a micro-batch's forward and backward as one CUDA graph. auto: on a GPU, where the layout lets it (docs/kernels.md)."""
     deterministic: bool = True
     """Use only deterministic algorithms, so that a resumed run repeats bit for bit."""
 

@@ -43,8 +43,8 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Ch
     if device.type == "cuda":
         # Versions named "cpu" are made of torch operations and run anywhere; these are what a GPU has better.
         chosen |= {"linear": "cublas", "embedding": "triton", "linear_cross_entropy": "triton"}
-        # cuDNN's attention takes 16-bit numbers alone.
-        chosen["attention"] = "cudnn" if dtype == torch.bfloat16 else "sdpa"
+        # cuDNN's attention takes 16-bit numbers alone, and its backward adds in no fixed order.
+        chosen["attention"] = "cudnn" if dtype == torch.bfloat16 and not torch.are_deterministic_algorithms_enabled() else "sdpa"
     asked = {} if choices is None else {name: getattr(choices, name) for name in OPERATIONS}
     return chosen | {name: implementation for name, implementation in asked.items() if implementation != "auto"}
 
