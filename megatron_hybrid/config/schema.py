@@ -305,8 +305,9 @@ class Fp8Config(Section):
     """First layers of the whole pattern that stay in the working precision; every character of the pattern counts."""
     bf16_layers_at_end: int = Field(0, ge=0)
     """Last layers of the whole pattern that stay in the working precision."""
-    implementation: Literal["auto", "emulated", "scaled_mm"] = "auto"
-    """emulated: fp32 products of float8 numbers, on any device. scaled_mm: float8 tensor cores. auto: the first on a CPU only."""
+    implementation: Literal["auto", "emulated", "scaled_mm", "transformer_engine"] = "auto"
+    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, transformer_engine: float8 tensor cores through torch or through
+    Transformer Engine. auto: emulated on a CPU, on a GPU Transformer Engine where it is installed."""
     telemetry_every_steps: int | None = Field(None, gt=0)
     """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none."""
     shadow_every_steps: int | None = Field(None, gt=0)

@@ -5,8 +5,9 @@ Everything here does nothing at all for a run whose linears are not in float8.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ _log = logging.getLogger(__name__)
 def float8_linears(chunks: Sequence[torch.nn.Module]) -> list[Float8Linear]:
     """The float8 linears of this rank, in model order."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Float8Linear)]
+
+
+@contextlib.contextmanager
+def held_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Cast every float8 weight once, and use these casts within: over the micro-batches of a step the weights stay what they are."""
+    owners = [module for chunk in chunks for module in chunk.modules() if isinstance(getattr(module, "product", None), Float8Linear)]
+    for owner in owners:
+        owner.product.hold_weight(owner.weight)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner.product.release_weight()
 
 
 def is_observed(chunks: Sequence[torch.nn.Module]) -> bool:
@@ -93,9 +107,10 @@ class ScalingCheckpoint:
         """Take over what was loaded."""
         section = loaded.get("fp8", {})
         for linear in self.linears:
-            for key, live in _tensors(linear).items():
-                if key in section:
-                    live.copy_(section[key].view_as(live))
+            history, scale = (section.get(key) for key in _tensors(linear))
+            if history is not None:
+                linear.amax_history_RH.copy_(history.view_as(linear.amax_history_RH))
+                linear.set_scales(scale.view_as(linear.scale_R))
 
     def _usable(self, saved: dict[str, Any] | None) -> tuple[set[str], list[str]]:
         """Names of the linears whose saved state fits, and what to say about the rest."""

@@ -26,7 +26,7 @@ from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.signals import StopRequest
 from megatron_hybrid.train.callback import Callback
-from megatron_hybrid.train.float8 import ScalingCheckpoint, gradient_finisher, is_observed
+from megatron_hybrid.train.float8 import ScalingCheckpoint, gradient_finisher, held_weights, is_observed
 from megatron_hybrid.train.graph import MicroBatchGraph, make_graph
 from megatron_hybrid.train.mended_optimizers import sharded_state
 from megatron_hybrid.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
@@ -156,7 +156,9 @@ class Trainer:
 
     def _step(self, step_data: StepData) -> StepResult:
         try:
-            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, self._graph_of_step())
+            # With overlapped gathers the weights of this step are there only once forward needs them.
+            with contextlib.nullcontext() if self.run.parallel.overlap_param_gather else held_weights(self.chunks):
+                return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, self._graph_of_step())
         except NonFiniteError as error:
             # Every rank is here; a save that is still being written is not given up.
             self.store.finish_pending(blocking=True)
