@@ -35,6 +35,11 @@ class Float8Matrix:
     inverse_scale: Tensor
 
 
+def aligned_ones(*shape: int, device: torch.device | None = None) -> Tensor:
+    """fp32 ones that lie 16 bytes apart: cuBLASLt reads a scale at no other address."""
+    return torch.ones(*shape, 4, device=device)[..., 0]
+
+
 class Float8Linear(torch.nn.Module):
     """The product of one linear, called as ``linear(x, weight)`` is; the weight stays its owner's.
 
@@ -60,7 +65,7 @@ class Float8Linear(torch.nn.Module):
         if recipe.recipe == "delayed":
             self.register_buffer("amax_history_RH", torch.zeros(len(ROLES), recipe.delayed.history_length))
             self.register_buffer("scale_R", torch.ones(len(ROLES)))
-            self.register_buffer("inverse_scale_R", torch.ones(len(ROLES)), persistent=False)
+            self.register_buffer("inverse_scale_R", aligned_ones(len(ROLES)), persistent=False)
 
     def forward(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """Map [..., I] to [..., O] in the dtype of x; its gradients have the dtypes of x and of the weight."""

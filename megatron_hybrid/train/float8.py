@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.parallel_state import get_amax_reduction_group
 
 from megatron_hybrid.checkpoint.agreement import gather
@@ -48,19 +47,16 @@ def is_observed(chunks: Sequence[torch.nn.Module]) -> bool:
     return any(linear.statistics_RS is not None for linear in float8_linears(chunks))
 
 
-def gradient_finisher(chunks: Sequence[torch.nn.Module]) -> Callable[..., None]:
-    """What megatron-core's schedules call once per optimizer step, after the last backward pass.
-
-    It finishes the gradients, and then makes the next step's scales.
-    """
+def with_scale_update(finish_gradients: Callable[..., None], chunks: Sequence[torch.nn.Module]) -> Callable[..., None]:
+    """What finishes a step's gradients, and then makes the next step's scales."""
     delayed = [linear for linear in float8_linears(chunks) if linear.recipe.recipe == "delayed"]
     if not delayed:
-        return finalize_model_grads
+        return finish_gradients
     state = ScalingState(delayed)
     group = get_amax_reduction_group(tp_only_amax_red=state.delayed.reduction == "tensor")
 
     def finish(*arguments: Any, **options: Any) -> None:
-        finalize_model_grads(*arguments, **options)
+        finish_gradients(*arguments, **options)
         state.finish_step(group)
 
     return finish
