@@ -20,6 +20,7 @@ class Ops:
     causal_conv1d: Callable
     rms_norm: Callable
     gated_rms_norm: Callable
+    mamba_core: Callable
     squared_relu: Callable
     linear: Callable
     attention: Callable
@@ -51,4 +52,4 @@ def select_ops(implementation: str, *, chunk_length: int | None = None) -> Ops:
     ops = Ops(**{name: select(name, implementation) for name in names})
     if chunk_length is None or implementation == "reference":
         return ops
-    return replace(ops, ssd=partial(ops.ssd, chunk_length=chunk_length))
+    return replace(ops, ssd=partial(ops.ssd, chunk_length=chunk_length), mamba_core=partial(ops.mamba_core, chunk_length=chunk_length))
