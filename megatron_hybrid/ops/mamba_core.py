@@ -104,8 +104,8 @@ def projection_sizes(width: int, num_channels: int, num_heads: int, inner: int, 
     group_states = (num_channels - inner) // 2
     if width != inner + num_channels + num_heads or num_channels != inner + 2 * group_states or group_states % num_groups:
         raise ValueError(
-            f"a projection {width} wide does not hold z [{inner}], x, B and C [{num_channels}] in {num_groups} groups and dt [{num_heads}]; "
-            "it must be the sum of the three, and x, B and C the norm's width and two equal parts that the groups divide"
+            f"a projection {width} wide does not hold z [{inner}], x, B and C [{num_channels}] in {num_groups} groups and dt "
+            f"[{num_heads}]; it must be the sum of the three, and x, B and C the norm's width and two equal parts that the groups divide"
         )
     return [inner, num_channels, num_heads], [inner, group_states, group_states]
 

@@ -1,4 +1,4 @@
-"""How the kernels are launched: block sizes, warps and pipeline stages, pinned per shape. `benchmarks/mamba_block.py --tune` measures them."""
+"""How the kernels are launched: block sizes, warps and pipeline stages, pinned per shape; `benchmarks/mamba_block.py --tune` measures."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from megatron_hybrid.ops.ssd import check_heads
 from megatron_hybrid.ops.triton.conv1d import conv_backward, conv_forward
 from megatron_hybrid.ops.triton.launch import ScanLaunch, check_tensors, with_dense_rows
 from megatron_hybrid.ops.triton.norm import norm_backward, norm_forward
-from megatron_hybrid.ops.triton.ssd import Scan, ScanGradients, choose_launch, scan_backward, scan_forward
+from megatron_hybrid.ops.triton.ssd import ScanGradients, choose_launch, scan_backward, scan_forward
+from megatron_hybrid.ops.triton.ssd_steps import Scan
 
 
 def mamba_core(
@@ -40,10 +41,11 @@ def mamba_core(
     chunk_length: int | None = None,
     keep_scan: bool = True,
 ) -> Tensor:
-    """`mamba_core_reference` on a GPU. `chunk_length` as `ssd` takes it; `keep_scan` keeps y of the scan for backward, or computes it twice.
+    """`mamba_core_reference` on a GPU; `chunk_length` as `ssd` takes it.
 
-    Raises ValueError: the sizes do not add up, the groups divide neither heads nor channels, a CPU tensor, or a dtype or chunk length the
-    kernels do not take.
+    `keep_scan` keeps y of the scan for backward; without it the scan is computed twice.
+    Raises ValueError: the sizes do not add up, the groups divide neither heads nor channels, a CPU tensor, or a dtype or chunk length
+    that the kernels do not take.
     """
     num_heads, inner = A_log_H.shape[0], norm_weight_I.shape[0]
     check_heads(num_heads, num_groups)

@@ -141,8 +141,8 @@ def key_gradient_kernel(
     """dkey = sum over heads of (weight value) state + dscores other_key, for the chunk's B or, OF_TARGETS, its C. Grid (S, G, B).
 
     Of B: value x, weight into, the gradient of the state behind the chunk, dscores. Of C: value dy, weight out, the state in front of the
-    chunk, dscores^T. The heads of a group are summed in registers in a fixed order. Besides, through [B, S, H, K], fp32: what goes from each
-    source to the state behind, or to each target from the state in front, <key state^T, weight value> by rows.
+    chunk, dscores^T. The heads of a group are summed in registers in a fixed order. Besides, fp32: through [B, S, H, K], what goes from
+    each source to the state behind, or to each target from the state in front, <key state^T, weight value> by rows.
     """
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = tl.cast(chunk * K, tl.int64)

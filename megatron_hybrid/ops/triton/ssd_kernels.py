@@ -173,12 +173,10 @@ def state_walk_kernel(
         tl.store(states_ptr + row * (P * N) + cells, state.to(states_ptr.dtype.element_ty), mask=is_cell)
         start = tl.cast(chunk * K, tl.int64)
         inside = k < length - chunk * K
-        value = tl.load(
-            value_ptr + start * value_stride_l + k[None, :] * value_stride_l + p[:, None], mask=is_p[:, None] & inside[None, :], other=0.0
-        )
-        key = tl.load(
-            key_ptr + start * key_stride_l + k[:, None] * key_stride_l + n[None, :], mask=inside[:, None] & is_n[None, :], other=0.0
-        )
+        values = value_ptr + start * value_stride_l + (k[None, :] * value_stride_l + p[:, None])
+        value = tl.load(values, mask=is_p[:, None] & inside[None, :], other=0.0)
+        keys = key_ptr + start * key_stride_l + (k[:, None] * key_stride_l + n[None, :])
+        key = tl.load(keys, mask=inside[:, None] & is_n[None, :], other=0.0)
         weight = tl.load(weight_ptr + row * K + k)
         weighted = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
         state *= tl.load(total_ptr + row)
