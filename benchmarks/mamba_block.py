@@ -59,6 +59,8 @@ SHAPES: Mapping[str, Shape] = {
     "one-group": Shape(1, 8192, 32, 64, 1, 256),
     "odd-length": Shape(2, 1037, 16, 64, 2, 128),
 }
+# the shapes that are also checked with documents
+DOCUMENTS = ("8b", "odd-length")
 
 
 def random_inputs(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -96,10 +98,10 @@ def distances(actual: Mapping[str, Tensor], exact: Mapping[str, Tensor], sizes: 
     return by_name | {name: distance(a, b) for name, a, b in zip(("z", "xBC", "dt"), *parts, strict=True)}
 
 
-def check(name: str, shape: Shape) -> None:
+def check(name: str, shape: Shape, *, with_documents: bool) -> None:
     inputs, sizes = random_inputs(shape), [shape.inner, shape.channels, shape.heads]
     documents = (torch.rand(shape.batch, shape.length, device="cuda") < 4 / shape.length).cumsum(1)
-    for segment_ids, keep_scan in ((None, True), (documents, False)):
+    for segment_ids, keep_scan in ((None, True), (documents, False))[: 1 + with_documents]:
         options = {"num_groups": shape.groups, "eps": EPS, "segment_ids_BL": segment_ids}
         actual = run(partial(mamba_core, keep_scan=keep_scan), inputs, **options)
         repeat = run(partial(mamba_core, keep_scan=keep_scan), inputs, **options)
@@ -321,6 +323,23 @@ def candidates(shape: Shape) -> Iterator[tuple[str, launches.ScanLaunch]]:
             yield "gradient of B", replace(base, backward_chunk=chunk, key_gradient=product)
 
 
+def compile_in_parallel(shapes: Mapping[str, Shape], num_workers: int) -> None:
+    """Fill Triton's cache on disk with the kernels of all shapes."""
+    cases = [(shape, documents) for name, shape in shapes.items() for documents in ((False, True) if name in DOCUMENTS else (False,))]
+    with worker_pool(num_workers) as pool:
+        list(pool.map(run_short, *zip(*cases, strict=True)))
+
+
+def run_short(shape: Shape, documents: bool) -> None:
+    shape = replace(shape, length=256)
+    segment_ids = torch.zeros(shape.batch, shape.length, dtype=torch.int64, device="cuda") if documents else None
+    run(mamba_core, random_inputs(shape), num_groups=shape.groups, eps=EPS, segment_ids_BL=segment_ids)
+
+
+def worker_pool(num_workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+
+
 def try_candidate(shape: Shape, name: str, launch: launches.ScanLaunch) -> str | None:
     """Compile and run once; the error if it does not."""
     try:
@@ -334,7 +353,7 @@ def try_candidate(shape: Shape, name: str, launch: launches.ScanLaunch) -> str |
 def tune(name: str, shape: Shape, num_workers: int) -> None:
     """Compile all candidates in parallel into Triton's cache on disk, then time them one by one."""
     tried = list(candidates(shape))
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(num_workers) as pool:
         errors = list(pool.map(partial(try_candidate, shape), *zip(*tried, strict=True)))
     kernels = Kernels(shape)
     fields = {"walk": "forward_walk", "walk back": "backward_walk", "outputs": "output", "source gradients": "source_gradient"}
@@ -358,7 +377,7 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="time without checking first")
     parser.add_argument("--no-time", action="store_true", help="check only")
     parser.add_argument("--tune", action="store_true", help="try launch parameters in place of checking and timing")
-    parser.add_argument("--workers", type=int, default=8, help="processes that compile for --tune")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("these kernels need a CUDA device, and torch sees none")
@@ -367,9 +386,10 @@ def main() -> None:
         for name, shape in shapes.items() if arguments.only else [("8b", SHAPES["8b"])]:
             tune(name, shape, arguments.workers)
         return
+    compile_in_parallel(shapes, arguments.workers)
     if not arguments.no_check:
         for name, shape in shapes.items():
-            check(name, shape)
+            check(name, shape, with_documents=name in DOCUMENTS)
         check_long()
     if not arguments.no_time:
         for name, shape in shapes.items():

@@ -39,7 +39,7 @@ def _load_taps(weight_ptr, channel, is_channel, W: tl.constexpr):
     return taps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def conv1d_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -105,7 +105,7 @@ def conv1d_forward_kernel(
             tl.store(y_ptr + offset + channel, y.to(y_ptr.dtype.element_ty), mask=is_channel & (position < length))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def conv1d_backward_kernel(
     x_ptr,
     weight_ptr,

@@ -19,7 +19,7 @@ from megatron_hybrid.ops.norm import check_groups
 from megatron_hybrid.ops.triton.launch import NormLaunch, check_tensors, norm_launch, with_dense_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner_rows"])
 def norm_forward_kernel(
     y_ptr,
     gate_ptr,
@@ -55,7 +55,7 @@ def norm_forward_kernel(
     tl.store(out_ptr + outer * out_stride_0 + inner * out_stride_1 + channel, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "inner_rows"])
 def norm_backward_kernel(
     y_ptr,
     gate_ptr,

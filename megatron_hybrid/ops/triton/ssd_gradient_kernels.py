@@ -8,7 +8,7 @@ import triton.language as tl
 from megatron_hybrid.ops.triton.ssd_kernels import load_documents, softplus, sum_since_restart
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def source_gradient_kernel(
     x_ptr,
     B_ptr,
@@ -104,7 +104,7 @@ def source_gradient_kernel(
     tl.store(dscores_ptr + k[:, None] * K + k[None, :], dscores.to(dscores_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def key_gradient_kernel(
     value_ptr,
     key_ptr,
@@ -178,7 +178,7 @@ def key_gradient_kernel(
     tl.store(dkey_ptr + k[:, None] * dkey_stride_l + n[None, :], dkey.to(dkey_ptr.dtype.element_ty), mask=is_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks", "num_parts"])
 def decay_gradient_kernel(
     dt_raw_ptr,
     A_log_ptr,

@@ -54,7 +54,7 @@ def sum_since_restart(values, restarts, reverse: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def decay_kernel(
     dt_raw_ptr,
     A_log_ptr,
@@ -114,7 +114,7 @@ def decay_kernel(
     tl.store(total_ptr + row, total, mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def state_walk_kernel(
     value_ptr,
     key_ptr,
@@ -189,7 +189,7 @@ def state_walk_kernel(
     tl.store(final_ptr + (batch * num_heads + head) * (P * N) + cells, state, mask=is_cell)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def chunk_output_kernel(
     x_ptr,
     B_ptr,
