@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_hybrid.fp8.backends import Prologue
 from megatron_hybrid.fp8.formats import Float8Format
 
-_BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 128, 8
+# 8 elements a thread. With 16, Triton 3.6 transposes tiles wrongly, whatever their type.
+_BLOCK_M, _BLOCK_K, _NUM_WARPS = 64, 128, 8
 
 
 @triton.jit
@@ -84,8 +85,7 @@ def _cast_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Four rows are cast at a time, and their bytes put together into words, which are what is transposed: Triton 3.6 mixes up the elements
-    of 8-bit tiles that change their layout."""
+    """Four rows are cast at a time, and their bytes put together into words, which are what is transposed."""
     quad = (tl.program_id(0).to(tl.int64) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4))[:, None]
     column = (tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     inside = (4 * quad < num_rows) & (column < num_columns)
