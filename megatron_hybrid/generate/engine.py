@@ -7,7 +7,7 @@ the host. The command, the server, the evaluation harness and the benchmarks all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -219,6 +219,19 @@ class Engine:
         """Stop a sequence; its slot is free again."""
         del self._active[slot], self._lengths[slot]
         self._slots.is_active_B[slot] = False
+
+    @torch.inference_mode()
+    def fork(self, source: int, starts: Mapping[int, Start]) -> None:
+        """Let free slots go on from where a sequence is, each with settings of its own: one prompt is read once for many continuations."""
+        assert source in self._active and not any(slot in self._active for slot in starts)
+        for slot, start in starts.items():
+            for cache in self.caches:
+                for name in () if cache is None else (field.name for field in fields(cache)):
+                    getattr(cache, name)[slot].copy_(getattr(cache, name)[source])
+            self._slots.sampling.set(slot, start.sampling, start.seed, start.prompt)
+            for name in ("token_B", "num_tokens_B", "is_active_B"):
+                getattr(self._slots, name)[slot] = getattr(self._slots, name)[source]
+            self._active[slot], self._lengths[slot] = start.sampling, self._lengths[source]
 
     def abandon_prefill(self) -> None:
         """Forget the prompts under way; their slots are free again."""

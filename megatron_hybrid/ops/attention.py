@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_hybrid.ops.segments import number_documents
 
@@ -45,7 +46,8 @@ def attention_sdpa(q_BLHP: Tensor, k_BSJP: Tensor, v_BSJP: Tensor, *, mask_B1LS:
     check_shapes(q_BLHP, k_BSJP)
     num_queries, num_keys = q_BLHP.shape[1], k_BSJP.shape[1]
     if mask_B1LS is None and 1 < num_queries < num_keys:
-        mask_B1LS = causal_mask(num_queries, num_keys, q_BLHP.device)
+        # The bias is no tensor to a GPU's flash kernel, which knows this alignment; a real mask would cost memory and that kernel.
+        mask_B1LS = causal_lower_right(num_queries, num_keys) if q_BLHP.is_cuda else causal_mask(num_queries, num_keys, q_BLHP.device)
     out_BHLP = F.scaled_dot_product_attention(
         q_BLHP.transpose(1, 2),
         k_BSJP.transpose(1, 2),
