@@ -44,7 +44,7 @@ def describe_position(model: HybridModel, position_B: Tensor, is_active_B: Tenso
 
 def embed(model: HybridModel, tokens_B: Tensor) -> Tensor:
     """The first stage's residual stream, [B, D]."""
-    return model.embedding.word_embeddings(tokens_B[None]).squeeze(0)
+    return model.embedding(tokens_B[:, None]).squeeze(0)
 
 
 def run_layers(model: HybridModel, hidden_BD: Tensor, caches: Sequence[Cache], here: Here, ops: DecodeOps) -> Tensor:

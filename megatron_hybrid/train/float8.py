@@ -29,6 +29,11 @@ def float8_linears(chunks: Sequence[torch.nn.Module]) -> list[Float8Linear]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Float8Linear)]
 
 
+def is_observed(chunks: Sequence[torch.nn.Module]) -> bool:
+    """Whether statistics of the casts are being gathered."""
+    return any(linear.statistics_RS is not None for linear in float8_linears(chunks))
+
+
 def gradient_finisher(chunks: Sequence[torch.nn.Module]) -> Callable[..., None]:
     """What megatron-core's schedules call once per optimizer step, after the last backward pass.
 

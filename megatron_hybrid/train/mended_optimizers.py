@@ -25,7 +25,9 @@ def mend(optimizer: MegatronOptimizer) -> None:
     other."""
     if isinstance(optimizer, DistributedOptimizer):
         _mend_parameter_order(optimizer)
-        if USING_PYTORCH_OPTIMIZER:
+        if optimizer.config.use_precision_aware_optimizer:
+            optimizer.__class__ = RemainderDistributedOptimizer
+        elif USING_PYTORCH_OPTIMIZER:
             optimizer.__class__ = TorchAdamWDistributedOptimizer
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
         optimizer.__class__ = MixedDtypeOptimizer
@@ -58,6 +60,53 @@ class TorchAdamWDistributedOptimizer(DistributedOptimizer):
     def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         current = self._get_main_param_and_optimizer_states(model_param)
         super()._set_main_param_and_optimizer_states(model_param, {"step": current["step"], **tensors})
+
+
+class RemainderDistributedOptimizer(DistributedOptimizer):
+    """The distributed optimizer over Transformer Engine's AdamW, which keeps of each bf16 weight's fp32 master only the half that the
+    weight itself lacks.
+
+    Checkpoints hold whole masters, so that every host and optimizer reads them; megatron-core would save the bare remainders. For fp32
+    weights it would save a copy of the first value that is never updated: the weight itself is its master.
+    """
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        tensors = super()._get_main_param_and_optimizer_states(model_param)
+        shard = self._shard_of(model_param)
+        tensors["param"] = shard if shard.dtype == torch.float32 else join_master(shard, tensors["param"])
+        return tensors
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        shard = self._shard_of(model_param)
+        master = tensors["param"].to(shard.device)
+        if shard.dtype == torch.bfloat16:
+            weight, remainder = split_master(master)
+            shard.data.copy_(weight)
+            tensors = {**tensors, "param": remainder}
+        else:
+            shard.data.copy_(master)
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+    def _shard_of(self, model_param: torch.nn.Parameter) -> torch.Tensor:
+        group, order = self.model_param_group_index_map[model_param]
+        return self.optimizer.param_groups[group]["params"][order]
+
+
+def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """The fp32 number that a bf16 weight and its int16 remainder stand for.
+
+    The remainder is the master's lower half. The weight is its upper half, rounded up where the lower half's first bit is set.
+    """
+    upper = weight.view(torch.int16).int() - (remainder < 0).int()
+    return ((upper << 16) | (remainder.int() & 0xFFFF)).view(torch.float32)
+
+
+def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bf16 weight and the int16 remainder of an fp32 number; ``join_master`` gives it back bit for bit."""
+    bits = master.contiguous().view(torch.int32)
+    remainder = bits.to(torch.int16)
+    upper = (bits >> 16) + (remainder < 0).int()
+    return upper.to(torch.int16).view(torch.bfloat16), remainder
 
 
 class MixedDtypeOptimizer(Float16OptimizerWithFloat16Params):

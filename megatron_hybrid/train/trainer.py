@@ -26,7 +26,8 @@ from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.signals import StopRequest
 from megatron_hybrid.train.callback import Callback
-from megatron_hybrid.train.float8 import ScalingCheckpoint, gradient_finisher
+from megatron_hybrid.train.float8 import ScalingCheckpoint, gradient_finisher, is_observed
+from megatron_hybrid.train.graph import MicroBatchGraph, make_graph
 from megatron_hybrid.train.mended_optimizers import sharded_state
 from megatron_hybrid.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_hybrid.train.progress import Progress
@@ -65,8 +66,10 @@ class Trainer:
             group=substrate.control_group,
         )
         self.saved_step: int | None = None
+        self.has_stepped = False
         connect_schedules(config, self.chunks, self.optimizer)
         self.scaling = ScalingCheckpoint(run.fp8, self.chunks, substrate)
+        self.graph = make_graph(run, task, self.chunks, substrate)
 
     @property
     def is_finished(self) -> bool:
@@ -153,12 +156,17 @@ class Trainer:
 
     def _step(self, step_data: StepData) -> StepResult:
         try:
-            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate)
+            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, self._graph_of_step())
         except NonFiniteError as error:
             # Every rank is here; a save that is still being written is not given up.
             self.store.finish_pending(blocking=True)
             last = "there is no checkpoint yet" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
             raise NonFiniteError(f"step {self.state.step + 1}, samples from {self.state.samples}: {error}; {last}") from None
+
+    def _graph_of_step(self) -> MicroBatchGraph | None:
+        """The first step of a process compiles kernels, and a step that float8 is observed in launches others: both without the graph."""
+        is_first, self.has_stepped = not self.has_stepped, True
+        return None if is_first or is_observed(self.chunks) else self.graph
 
     def _should_leave(self, num_steps: int) -> bool:
         """Asked to by a signal to any rank, or after as many steps as this process was given."""
