@@ -1,4 +1,4 @@
-"""Tokens per second of a 2B-class hybrid at batch 1, 8, 32 and 128, beside transformers' NemotronH from the same weights in the same process.
+"""Tokens per second of a 2B-class hybrid at batch 1, 8, 32 and 128, beside transformers' NemotronH from the same weights, in one process.
 
     python -m benchmarks.decode                     on an H100, about three minutes
     python -m benchmarks.decode --no-peer           ours alone, under one minute
@@ -117,8 +117,8 @@ def check(model: HybridModel, vocab_size: int) -> dict[str, object]:
 
 
 def peer(model: HybridModel, config: ModelConfig, device: torch.device) -> Callable[[list[list[int]], int], tuple[list[int], float]]:
-    """transformers' model from the same weights: a function from prompts and a number of new tokens to the first prompt's new tokens and the
-    seconds of the call."""
+    """transformers' model from the same weights: a function from prompts and a number of new tokens to the first prompt's new tokens and
+    the seconds of the call."""
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
     hub = hub_from_model(config, style="transformers", dtype="bfloat16", max_position_embeddings=8192, eos_token_id=None)
@@ -158,15 +158,18 @@ def compare_linears(model: HybridModel, device: torch.device) -> None:
             x = torch.randn(batch, input_size, device=device, dtype=torch.bfloat16)
             residual = torch.randn(batch, output_size, device=device, dtype=torch.bfloat16)
             cases = {
-                "norm_linear": lambda w, x=x: decode_linear.norm_linear(x, norm, w, 1e-5),
-                "walk_norm": lambda w, x=x: decode_linear.walk(x, w, norm_weight=norm, residual=None, eps=1e-5, squared_relu=False),
-                "norm_and_torch": lambda w, x=x: torch.nn.functional.linear(decode_linear.rms_norm(x, norm, 1e-5), w),
+                "norm_linear": lambda w, x=x, n=norm: decode_linear.norm_linear(x, n, w, 1e-5),
+                "walk_norm": lambda w, x=x, n=norm: decode_linear.walk(x, w, norm_weight=n, residual=None, eps=1e-5, squared_relu=False),
+                "norm_and_torch": lambda w, x=x, n=norm: torch.nn.functional.linear(decode_linear.rms_norm(x, n, 1e-5), w),
                 "linear": lambda w, x=x, r=residual: decode_linear.linear(x, w, r),
                 "torch_addmm": lambda w, x=x, r=residual: r.addmm_(x, w.t()),
             }
             if batch > 8:
                 del cases["walk_norm"]
-            times = {name: time_graph(lambda run=run: [run(weight) for weight in weights]) / copies for name, run in cases.items()}
+            times = {
+                name: time_graph(lambda run=run, weights=weights: [run(weight) for weight in weights]) / copies
+                for name, run in cases.items()
+            }
             floor_us = 2 * output_size * input_size / bandwidth * 1e6
             print(
                 json.dumps(

@@ -3,10 +3,10 @@
     python -m benchmarks.long_context               on an H100, about three minutes
     python -m benchmarks.long_context --tiny        small models and lengths, to see that it runs on a CPU
 
-A hybrid of 2.1 billion parameters and a pure Transformer (attention and MLP layers of the same widths) of as many, random weights, bf16, each
-through the same engine at the largest batch whose caches fit the GPU beside the weights and a prefill's activations. Two things are measured:
-the prefill of one whole prompt, in pieces; and decoding steps of the full batch, whose sequences all stand in the middle of their output
-(they are copies of that prompt's). Throughput is composed of them:
+A hybrid of 2.1 billion parameters and a pure Transformer of as many (attention and MLP layers of the same widths), random weights, bf16,
+each through the same engine at the largest batch whose caches fit the GPU beside the weights and a prefill's activations. Two things are
+measured: the prefill of one whole prompt, in pieces; and decoding steps of the full batch, whose sequences all stand in the middle of
+their output (they are copies of that prompt's). Throughput is composed of them:
 
     tokens/s = batch x new / (batch x prefill_s + new x step_s)
 

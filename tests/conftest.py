@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import RankPool
 
 TEST_LIMIT_S = 300
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter. It reads this when it is imported, which torch's compiler does before any test of ours may.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What a model has beside its weights that decides how it is spoken to: what comes before a prompt, what ends a text, how a chat is written."""
+"""How a model is spoken to, as what lies beside its weights says: what comes before a prompt, what ends a text, how a chat is written."""
 
 from __future__ import annotations
 

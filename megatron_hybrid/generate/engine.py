@@ -233,10 +233,6 @@ class Engine:
                 getattr(self._slots, name)[slot] = getattr(self._slots, name)[source]
             self._active[slot], self._lengths[slot] = start.sampling, self._lengths[source]
 
-    def abandon_prefill(self) -> None:
-        """Forget the prompts under way; their slots are free again."""
-        self._prefill = None
-
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]], num_scored: Sequence[int]) -> list[Score]:
         """Log-probabilities of the last ``num_scored`` tokens of each sequence, given all before them. Slots must be free.

@@ -193,5 +193,7 @@ def _fill(model: HybridModel, read: Callable[[str], Tensor], *, show_progress: b
     """Set every parameter to what ``read`` returns for its global name."""
     parameters = list(model.named_global_parameters())
     with torch.no_grad():
-        for name, parameter in tqdm(parameters, desc="reading weights", unit="tensor", leave=False, disable=None if show_progress else True):
+        for name, parameter in tqdm(
+            parameters, desc="reading weights", unit="tensor", leave=False, disable=None if show_progress else True
+        ):
             parameter.copy_(read(name).view(parameter.shape))

@@ -1,7 +1,7 @@
 """Many requests through one engine: waiting ones take slots as they become free, while the others go on.
 
-A round reads a piece of waiting prompts and gives every sequence one token. On a GPU a few steps are under way before the first one's tokens
-are looked at, so that the host never keeps it waiting; what a sequence got beyond its end is dropped.
+A round reads a piece of waiting prompts and gives every sequence one token. On a GPU a few steps are under way before the first one's
+tokens are looked at, so that the host never keeps it waiting; what a sequence got beyond its end is dropped.
 """
 
 from __future__ import annotations

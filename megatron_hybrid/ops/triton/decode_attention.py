@@ -1,4 +1,4 @@
-"""Attention of one query per sequence over its cache: ``ops.decode.attention_step``, split along the keys (Dao et al. 2023, "Flash-Decoding").
+"""``ops.decode.attention_step``: one query per sequence over its cache, split along the keys (Dao et al. 2023, "Flash-Decoding").
 
 The grid does not depend on how long the sequences are, so that a CUDA graph fits all lengths: each sequence's keys are cut into as many
 parts as there are programs for them. The queries that share a key head are the rows of one product, so keys and values are read once.

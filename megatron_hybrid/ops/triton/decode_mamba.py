@@ -130,9 +130,7 @@ def _update_kernel(
 
 
 @triton.jit
-def _convolve(
-    new_ptr, ring_ptr, weight_ptr, bias_ptr, channel, has_channel, position, num_channels: tl.constexpr, num_taps: tl.constexpr
-):
+def _convolve(new_ptr, ring_ptr, weight_ptr, bias_ptr, channel, has_channel, position, num_channels: tl.constexpr, num_taps: tl.constexpr):
     """silu of the convolution at the present position, fp32 rounded as the layer's own is; and the present input as it came."""
     new = tl.load(new_ptr + channel, mask=has_channel, other=0.0)
     tap_ptr = weight_ptr + channel * num_taps
