@@ -9,6 +9,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -137,12 +138,16 @@ class HuggingFaceTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_markup(self, text: str) -> list[int]:
-        """Return the ids of a text in which control tokens are written out, such as a chat template's; only for text of one's own."""
-        self._tokenizer.encode_special_tokens = False
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            self._tokenizer.encode_special_tokens = True
+        """Return the ids of a text in which control tokens are written out, as a chat template writes them."""
+        return self._markup.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _markup(self) -> tokenizers.Tokenizer:
+        # One of its own: whether control tokens are read is a switch of the whole tokenizer, which other threads use.
+        tokenizer = tokenizers.Tokenizer.from_str(self._state[0])
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32 [tokens]."""

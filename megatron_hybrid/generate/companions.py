@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config.run_directory import kept_tokenizer
 from megatron_hybrid.data.tokenizer import Tokenizer
 
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -29,15 +30,17 @@ class Companions:
     """bos_token, eos_token and so on, by which a chat template names them."""
 
 
-def native_companions(run: RunConfig, tokenizer: Tokenizer) -> Companions:
-    """Those of a run of ours, with its tokenizer where it is kept.
+def native_companions(run: RunConfig, run_dir: Path, tokenizer: Tokenizer) -> Companions:
+    """Those of a run of ours; a chat template lies beside the tokenizer, that which the run keeps or that which it was configured with.
 
     With ``data.reset_at_documents`` training began a document from an empty state, which is what new caches hold, with its own first token,
     and nothing ever came after an end-of-document token. Without, a document came after that token of the one before, so it comes first
     here too.
     """
-    path = run.data.tokenizer.path
-    template, special_tokens = _read_chat(path if path.is_dir() else path.parent)
+    template, special_tokens = None, {}
+    for options in (kept_tokenizer(run, run_dir), run.data.tokenizer):
+        if template is None:
+            template, special_tokens = _read_chat(options.path if options.path.is_dir() else options.path.parent)
     prefix = () if run.data.reset_at_documents else (tokenizer.eod_id,)
     return Companions(prefix, frozenset({tokenizer.eod_id}), template, special_tokens)
 

@@ -104,7 +104,6 @@ def load_language_model(run: RunConfig, path: Path, substrate: Substrate, *, ste
         ValueError: there is no such checkpoint, or it is damaged, or the tokenizer is missing or does not fit the model.
     """
     if not is_hub_directory(path):
-        run = run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": kept_tokenizer(run, path)})})
         return _load_native(run, path, substrate, step)
     if step is not None:
         raise ValueError(f"{path} is a Hugging Face directory, which has no checkpoint of a step; leave the step out")
@@ -138,14 +137,15 @@ def _load_checkpoint(run: RunConfig, path: Path, checkpoint: Path, substrate: Su
     """Make this rank's stage and read its weights, and nothing else of the training state."""
     with failing_together(substrate.control_group):
         run = run.model_copy(update={"model": _saved_architecture(checkpoint, run.model)})
-        tokenizer = build_tokenizer(run)
+        kept = run.data.model_copy(update={"tokenizer": kept_tokenizer(run, path)})
+        tokenizer = build_tokenizer(run.model_copy(update={"data": kept}))
         if tokenizer is None:
             raise ValueError(f"{path / CONFIG_NAME} names no tokenizer; set data.tokenizer in it to the one that made the corpora")
     model = build_stage(run, substrate)
     sharded = shard_parameters(model.named_global_parameters(), substrate.tensor_group, substrate.data_group)
     weights = load(checkpoint, {"model": sharded}, group=substrate.control_group)["model"]
     _fill(model, weights.__getitem__)
-    return LanguageModel(model, tokenizer, native_companions(run, tokenizer), checkpoint)
+    return LanguageModel(model, tokenizer, native_companions(run, path, tokenizer), checkpoint)
 
 
 def _saved_architecture(checkpoint: Path, configured: ModelConfig) -> ModelConfig:

@@ -37,6 +37,11 @@ class Session:
         """
         return encode_prompt(text, self.language_model.tokenizer, self.language_model.companions.prompt_prefix)
 
+    def keep_alive(self) -> None:
+        """To be called every few seconds while there is nothing to do: no rank waits for another for ever."""
+        if isinstance(self.engine, Leader):
+            self.engine.keep_alive()
+
 
 def lead(
     language_model: LanguageModel,
