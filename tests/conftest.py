@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import RankPool
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported, by whichever test comes first, whether kernels are compiled or interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.distributed import RankPool  # noqa: E402 - imports megatron-core, which imports triton
 
 TEST_LIMIT_S = 300
-
-if not torch.cuda.is_available():
-    # Triton's kernels run in its interpreter. It reads this when it is imported, which torch's compiler does before any test of ours may.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

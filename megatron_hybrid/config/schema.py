@@ -56,7 +56,7 @@ class ModelConfig(Section):
     mamba_conv_width: int = Field(4, ge=2)
     """Taps of the depthwise causal convolution."""
     mamba_chunk_size: int | None = Field(None, gt=0)
-    """Chunk length of the SSD scan, a matter of speed alone. Unset: what is fastest on the host."""
+    """Chunk length of the CPU's SSD scan, a matter of speed alone; the Triton scan pins its own. Unset: what is fastest on the host."""
     vocab_size: int = Field(gt=0)
     """Vocabulary the model predicts; the embedding is padded up to a multiple of vocab_divisible_by."""
     vocab_divisible_by: int = Field(128, gt=0)
@@ -305,8 +305,9 @@ class Fp8Config(Section):
     """First layers of the whole pattern that stay in the working precision; every character of the pattern counts."""
     bf16_layers_at_end: int = Field(0, ge=0)
     """Last layers of the whole pattern that stay in the working precision."""
-    implementation: Literal["auto", "emulated", "scaled_mm"] = "auto"
-    """emulated: fp32 products of float8 numbers, on any device. scaled_mm: float8 tensor cores. auto: the first on a CPU only."""
+    implementation: Literal["auto", "emulated", "scaled_mm", "transformer_engine"] = "auto"
+    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, transformer_engine: float8 tensor cores through torch or through
+    Transformer Engine. auto: emulated on a CPU, on a GPU Transformer Engine where it is installed."""
     telemetry_every_steps: int | None = Field(None, gt=0)
     """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none."""
     shadow_every_steps: int | None = Field(None, gt=0)
@@ -365,15 +366,17 @@ class LoggingConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of each operation a run uses (docs/kernels.md). auto: the fastest there is for the device and precision."""
 
-    ssd: Literal["auto", "reference", "cpu"] = "auto"
-    """The Mamba-2 scan."""
-    causal_conv1d: Literal["auto", "reference", "cpu"] = "auto"
-    """The convolution in front of it."""
-    gated_rms_norm: Literal["auto", "reference", "cpu"] = "auto"
-    """The gated norm behind it."""
-    rms_norm: Literal["auto", "reference", "cpu"] = "auto"
+    mamba_core: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Convolution, scan and gated norm of a Mamba-2 layer in one, as training runs them."""
+    ssd: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """The scan alone, as prefilling a prompt runs it."""
+    causal_conv1d: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """The convolution alone."""
+    gated_rms_norm: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """The gated norm alone."""
+    rms_norm: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """The norm in front of every layer."""
-    squared_relu: Literal["auto", "reference", "cpu"] = "auto"
+    squared_relu: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """The MLP's activation."""
     linear: Literal["auto", "reference", "cpu", "cublas"] = "auto"
     """Products of the layers' linears in the working precision; cublas adds weight gradients in fp32 within the product."""

@@ -7,17 +7,13 @@ amax, casts, and writes both.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hybrid.fp8.backends import Prologue
 from megatron_hybrid.fp8.formats import Float8Format
-
-Prologue = Literal["none", "squared_relu", "squared_relu_backward"]
-"""What the cast is of: x; max(x, 0)^2; or x * 2 max(other, 0), the gradient in front of a squared ReLU whose input was ``other``."""
 
 _BLOCK_M, _BLOCK_K, _NUM_WARPS = 64, 128, 8
 
@@ -32,6 +28,20 @@ def _load_tile(x_ptr, other_ptr, row, column, inside, x_stride, other_stride, PR
         other = tl.load(other_ptr + row * other_stride + column, mask=inside, other=0.0).to(tl.float32)
         x = x * (2.0 * tl.maximum(other, 0.0, propagate_nan=tl.PropagateNan.ALL))
     return x
+
+
+@triton.jit
+def _to_float8(x, scale, LARGEST: tl.constexpr, out_ptr):
+    return tl.clamp(x * scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _scales_kernel(amax_ptr, scale_ptr, inverse_ptr, LARGEST: tl.constexpr, LARGEST_FP32: tl.constexpr):
+    amax = tl.load(amax_ptr)
+    known = (amax > 0.0) & (amax < float("inf"))
+    scale = tl.where(known, tl.minimum(tl.div_rn(LARGEST, tl.where(known, amax, 1.0)), LARGEST_FP32), 1.0)
+    tl.store(scale_ptr, scale)
+    tl.store(inverse_ptr, tl.div_rn(1.0, scale))
 
 
 @triton.jit
@@ -81,11 +91,13 @@ def _cast_kernel(
     if RECORD_AMAX:
         # The maximum does not depend on the order of the programs.
         tl.atomic_max(amax_ptr, tl.max(tl.abs(x)))
-    x_8 = tl.clamp(x * tl.load(scale_ptr), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(rows_ptr.dtype.element_ty)
+    scale = tl.load(scale_ptr)
     if WRITE_ROWS:
-        tl.store(rows_ptr + row * num_columns + column, x_8, mask=inside)
+        tl.store(rows_ptr + row * num_columns + column, _to_float8(x, scale, LARGEST, rows_ptr), mask=inside)
     if WRITE_COLUMNS:
-        tl.store(columns_ptr + tl.trans(column) * num_rows + tl.trans(row), tl.trans(x_8), mask=tl.trans(inside))
+        # As fp32 and then cast: Triton 3.6 puts elements of a transposed 8-bit tile in wrong places.
+        x_8 = _to_float8(tl.trans(x), scale, LARGEST, columns_ptr)
+        tl.store(columns_ptr + tl.trans(column) * num_rows + tl.trans(row), x_8, mask=tl.trans(inside))
 
 
 def _grid(x_MK: Tensor) -> tuple[int, int]:
@@ -111,6 +123,13 @@ def amax(x_MK: Tensor, *, prologue: Prologue = "none", other_MK: Tensor | None =
     return result
 
 
+def scales(amax: Tensor, to: Float8Format) -> tuple[Tensor, Tensor]:
+    """`backends.scales_plain` in one launch."""
+    scale, inverse = torch.empty_like(amax), torch.empty_like(amax)
+    _scales_kernel[(1,)](amax, scale, inverse, LARGEST=to.largest, LARGEST_FP32=torch.finfo(torch.float32).max, num_warps=1)
+    return scale, inverse
+
+
 def cast(
     x_MK: Tensor,
     scale: Tensor,
@@ -123,21 +142,9 @@ def cast(
     columns: bool = True,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Cast ``x * scale`` as ``formats.quantize`` does, the matrix and its transpose in one pass.
+    """`backends.cast_plain`, the matrix and its transpose in one pass, both contiguous; x is contiguous along K.
 
-    Args:
-        x_MK: bf16 or fp32, contiguous along K.
-        scale: fp32 scalar.
-        to: the format.
-        amax: fp32 scalar that becomes the maximum of itself and the magnitudes before scaling; None records nothing.
-        prologue: what is done to x first.
-        other_MK: the squared ReLU's input, for its derivative.
-        rows: write [M, K].
-        columns: write [K, M].
-        into: where to write both, instead of new tensors.
-
-    Returns:
-        The casts [M, K] and [K, M], None where not asked for.
+    An amax passes over NaN, as the hardware's maximum does.
     """
     num_rows, num_columns = x_MK.shape
     assert x_MK.stride(1) == 1, x_MK.stride()

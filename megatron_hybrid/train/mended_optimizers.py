@@ -63,33 +63,39 @@ class TorchAdamWDistributedOptimizer(DistributedOptimizer):
 
 
 class RemainderDistributedOptimizer(DistributedOptimizer):
-    """The distributed optimizer over Transformer Engine's AdamW, which keeps of each bf16 weight's fp32 master only the half that the
-    weight itself lacks.
+    """The distributed optimizer over ``adamw.RemainderAdamW``, which keeps of each bf16 weight's fp32 master only the half that the weight
+    itself lacks.
 
-    Checkpoints hold whole masters, so that every host and optimizer reads them; megatron-core would save the bare remainders. For fp32
-    weights it would save a copy of the first value that is never updated: the weight itself is its master.
+    Checkpoints hold whole masters, so that every host and optimizer reads them.
     """
 
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        tensors = super()._get_main_param_and_optimizer_states(model_param)
-        shard = self._shard_of(model_param)
-        tensors["param"] = shard if shard.dtype == torch.float32 else join_master(shard, tensors["param"])
-        return tensors
+        shard, state = self._shard_of(model_param)
+        master = join_master(shard.data, state["remainder"]) if "remainder" in state else shard.data
+        return {"param": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        shard = self._shard_of(model_param)
-        master = tensors["param"].to(shard.device)
-        if shard.dtype == torch.bfloat16:
-            weight, remainder = split_master(master)
+        shard, state = self._shard_of(model_param)
+        if "remainder" in state:
+            weight, remainder = split_master(tensors["param"])
             shard.data.copy_(weight)
-            tensors = {**tensors, "param": remainder}
+            state["remainder"].copy_(remainder)
         else:
-            shard.data.copy_(master)
-        super()._set_main_param_and_optimizer_states(model_param, tensors)
+            shard.data.copy_(tensors["param"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].copy_(tensors[name])
 
-    def _shard_of(self, model_param: torch.nn.Parameter) -> torch.Tensor:
+    def _copy_model_params_to_main_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """The weights were written from outside: they are their own masters now."""
+        assert state_dict is None, "masters are loaded with the optimizer's own state"
+        for state in self.optimizer.state.values():
+            if "remainder" in state:
+                state["remainder"].zero_()
+
+    def _shard_of(self, model_param: torch.nn.Parameter) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         group, order = self.model_param_group_index_map[model_param]
-        return self.optimizer.param_groups[group]["params"][order]
+        shard = self.optimizer.param_groups[group]["params"][order]
+        return shard, self.optimizer.state[shard]
 
 
 def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hybrid.ops.triton.ssd_kernels import softplus
+
 _ENOUGH_PROGRAMS = 1024
 """To keep every multiprocessor of a large GPU busy."""
 
@@ -118,7 +120,7 @@ def _update_kernel(
         tl.store(present_ptr + B_channel, new_B_N, mask=has_n)
         tl.store(present_ptr + C_channel, new_C_N, mask=has_n)
 
-    dt = _softplus(tl.load(row_ptr + inner + num_channels + head).to(tl.float32) + tl.load(dt_bias_ptr + head))
+    dt = softplus(tl.load(row_ptr + inner + num_channels + head).to(tl.float32) + tl.load(dt_bias_ptr + head))
     decay = tl.exp(-dt * tl.exp(tl.load(A_log_ptr + head)))
     tile_ptr = state_ptr + ((sequence * num_heads + head) * head_dim + p[:, None]) * num_states + n[None, :]
     has_tile = has_p[:, None] & has_n[None, :]
@@ -141,16 +143,6 @@ def _convolve(new_ptr, ring_ptr, weight_ptr, bias_ptr, channel, has_channel, pos
         earlier = tl.load(earlier_ptr + channel, mask=has_channel, other=0.0).to(tl.float32)
         total += tl.load(tap_ptr + tap, mask=has_channel, other=0.0).to(tl.float32) * earlier
     return (total * tl.sigmoid(total)).to(new.dtype).to(tl.float32), new
-
-
-@triton.jit
-def _softplus(v):
-    """max(v, 0) + log(1 + u), u = exp(-|v|); the logarithm as 2 artanh(u / (2 + u)) by its series, precise for small u too."""
-    u = tl.exp(-tl.abs(v))
-    s = u / (2.0 + u)
-    q = s * s
-    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
-    return tl.maximum(v, 0.0) + 2.0 * s * series
 
 
 @triton.jit
