@@ -36,6 +36,12 @@ def _describe() -> Callable[[Sequence[str]], int]:
     return main
 
 
+def _evaluate() -> Callable[[Sequence[str]], int]:
+    from megatron_hybrid.commands.evaluate import main
+
+    return main
+
+
 def _generate() -> Callable[[Sequence[str]], int]:
     from megatron_hybrid.commands.generate import main
 
@@ -55,7 +61,7 @@ def _serve() -> Callable[[Sequence[str]], int]:
 
 
 # Verbs are imported when chosen: describe needs no torch and answers at once.
-_VERBS = {"describe": _describe, "generate": _generate, "pretrain": _pretrain, "serve": _serve}
+_VERBS = {"describe": _describe, "evaluate": _evaluate, "generate": _generate, "pretrain": _pretrain, "serve": _serve}
 
 if __name__ == "__main__":
     sys.exit(main())

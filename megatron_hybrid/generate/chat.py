@@ -43,20 +43,28 @@ class ChatWriter:
         self._template_error = TemplateError
         self._special_tokens, self._tokenizer = dict(companions.special_tokens), tokenizer
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The tokens of a chat whose next message is the assistant's.
+    def write(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """A chat as one text, control tokens written out.
 
         Args:
             messages: each with a role and a content.
+            add_generation_prompt: end with what the assistant's next message begins with.
 
         Raises:
             ValueError: the template refuses the messages.
         """
         try:
-            text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens)
         except (self._template_error, TypeError) as error:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from error
-        tokens = self._tokenizer.encode_markup(text)
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a chat whose next message is the assistant's.
+
+        Raises:
+            ValueError: the template refuses the messages, or writes nothing.
+        """
+        tokens = self._tokenizer.encode_markup(self.write(messages, add_generation_prompt=True))
         if not tokens:
             raise ValueError("the model's chat template wrote nothing for these messages")
         return tokens
