@@ -85,7 +85,9 @@ def _run_tasks(arguments: argparse.Namespace, session: Session) -> None:
     from megatron_hybrid.evaluate.harness import HarnessModel
 
     files = [Path(task) for task in arguments.tasks if task.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_path=[str(folder) for folder in sorted({file.resolve().parent for file in files})] or None)
+    folders = sorted({str(file.resolve().parent) for file in files})
+    # The harness's own thousands of task files take a while to look through.
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(arguments.tasks))
     results: dict[str, Any] | None = simple_evaluate(
         model=HarnessModel(session, seed=arguments.seed),
         tasks=[str(Path(task).resolve()) if Path(task) in files else task for task in arguments.tasks],
