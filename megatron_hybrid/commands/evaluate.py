@@ -41,9 +41,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--max-length", metavar="N", type=int, default=4096, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of few-shot examples and drawn texts (default: %(default)s)")
+    parser.add_argument(
+        "--bootstrap-iters", metavar="N", type=int, default=1000, help="for standard errors; 0: none (default: %(default)s)"
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the results go as JSON, samples left out")
     arguments = parser.parse_args(argv)
-    for name, least in (("batch_size", 1), ("max_length", 2), ("seed", 0)):
+    for name, least in (("batch_size", 1), ("max_length", 2), ("seed", 0), ("bootstrap_iters", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
     for task in arguments.tasks:
@@ -94,6 +97,7 @@ def _run_tasks(arguments: argparse.Namespace, session: Session) -> None:
         task_manager=manager,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
+        bootstrap_iters=arguments.bootstrap_iters,
         apply_chat_template=arguments.chat,
         random_seed=arguments.seed,
         fewshot_random_seed=arguments.seed,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from megatron_hybrid.__main__ import main
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.evaluate.harness import HarnessModel
 from megatron_hybrid.generate.companions import Companions
@@ -100,7 +100,7 @@ def write_tasks(folder: Path) -> list[Path]:
     """Two tasks in the harness's format over documents of their own: choices, and perplexity."""
     documents = [{"question": f"t{number} t{number + 1}", "choices": ["t7", "t8 t9"], "answer": number % 2} for number in range(1, 7)]
     (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    data = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {folder / 'documents.jsonl'}}}\ntest_split: test\n"
+    data = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {folder / 'documents.jsonl'}}}\n  cache_dir: {folder}\ntest_split: test\n"
     (folder / "choices.yaml").write_text(
         f"task: choices\n{data}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\ndoc_to_choice: choices\n"
         "doc_to_target: answer\nmetric_list: [{metric: acc}]\n"
@@ -112,26 +112,20 @@ def write_tasks(folder: Path) -> list[Path]:
     return [folder / "choices.yaml", folder / "perplexity.yaml"]
 
 
-def test_the_command_runs_tasks_from_files(tmp_path: Path) -> None:
-    (tmp_path / "words").mkdir()
-    word_tokenizer().save(str(tmp_path / "words" / "tokenizer.json"))
-    run_dir = save_run(tmp_path, tmp_path / "words" / "tokenizer.json")
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_hybrid",
-        "evaluate",
-        str(run_dir),
-        "--max-length",
-        "64",
-        "--output",
-        str(tmp_path / "out.json"),
-    ]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    process = subprocess.run(
-        [*command, "--tasks", *map(str, write_tasks(tmp_path))], capture_output=True, text=True, env=os.environ | hidden, timeout=280
-    )
-    assert process.returncode == 0, process.stderr
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
+def evaluate(*arguments: str) -> tuple[int, str]:
+    """Exit code and stdout of the command, on a rank."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code = main(["evaluate", *arguments])
+    return code, out.getvalue()
+
+
+def test_the_command_runs_tasks_from_files(tmp_path: Path, run_ranks) -> None:
+    word_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    run_dir, output = save_run(tmp_path, tmp_path / "tokenizer.json", run_ranks), tmp_path / "out.json"
+    options = ["--max-length", "64", "--bootstrap-iters", "0", "--output", str(output), "--tasks", *map(str, write_tasks(tmp_path))]
+    ((code, table),) = run_ranks(evaluate, 1, str(run_dir), *options)
+    assert code == 0
+    results = json.loads(output.read_text())["results"]
     assert 0 <= results["choices"]["acc,none"] <= 1 and results["perplexity"]["word_perplexity,none"] > 1
-    assert "|choices" in process.stdout and "|perplexity" in process.stdout
+    assert "|choices" in table and "|perplexity" in table

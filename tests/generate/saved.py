@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from megatron_hybrid.substrate.groups import initialize, shutdown
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from megatron_hybrid.tasks.pretrain import Pretraining
 from megatron_hybrid.train.trainer import Trainer
-from tests.distributed import run_ranks
 from tests.runs import small_run, write_corpus
 
 
@@ -24,7 +24,7 @@ def train(run: RunConfig) -> None:
     shutdown(substrate)
 
 
-def save_run(folder: Path, tokenizer: Path, **sections: Any) -> Path:
+def save_run(folder: Path, tokenizer: Path, run_ranks: Callable[..., Any], **sections: Any) -> Path:
     """A run directory of one step, on one rank; weights large enough that its text is no constant."""
     write_corpus(folder / "text")
     run = small_run(

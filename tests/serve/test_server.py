@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import RankPool
 from tests.generate.models import word_tokenizer
 from tests.generate.saved import save_run
 
@@ -98,13 +99,13 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tmp_path_factory: pytest.TempPathFactory, rank_pool: RankPool) -> Path:
     """A model with random weights, and a tokenizer with a chat template."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "words").mkdir()
     word_tokenizer().save(str(folder / "words" / "tokenizer.json"))
     (folder / "words" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return save_run(folder, folder / "words" / "tokenizer.json")
+    return save_run(folder, folder / "words" / "tokenizer.json", rank_pool.run)
 
 
 @pytest.fixture(scope="module")
