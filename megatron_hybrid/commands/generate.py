@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """examples:
   python -m megatron_hybrid generate runs/quickstart/model --prompt "import os" --prompt "class Queue:" --temperature 0.7 --top-p 0.9
-  python -m megatron_hybrid generate runs/quickstart/model --prompt-file prompt.txt --max-new-tokens 200 --temperature 0 --stop "\\n\\n"
+  python -m megatron_hybrid generate runs/quickstart/model --prompt-file prompt.txt --max-new-tokens 200 --temperature 0 --stop "def "
   python -m megatron_hybrid generate runs/quickstart/model --input prompts.jsonl --output texts.jsonl --batch-size 16
   python -m megatron_hybrid generate models/nemotron-h-8b --tensor 2 --prompt "def main(" --seed 7
 

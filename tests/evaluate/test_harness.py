@@ -100,7 +100,8 @@ def write_tasks(folder: Path) -> list[Path]:
     """Two tasks in the harness's format over documents of their own: choices, and perplexity."""
     documents = [{"question": f"t{number} t{number + 1}", "choices": ["t7", "t8 t9"], "answer": number % 2} for number in range(1, 7)]
     (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    data = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {folder / 'documents.jsonl'}}}\n  cache_dir: {folder}\ntest_split: test\n"
+    source = f"  data_files: {{test: {folder / 'documents.jsonl'}}}\n  cache_dir: {folder}\n"
+    data = f"dataset_path: json\ndataset_kwargs:\n{source}test_split: test\n"
     (folder / "choices.yaml").write_text(
         f"task: choices\n{data}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\ndoc_to_choice: choices\n"
         "doc_to_target: answer\nmetric_list: [{metric: acc}]\n"
