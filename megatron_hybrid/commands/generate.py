@@ -7,7 +7,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,7 @@ def _generate(arguments: argparse.Namespace, run: RunConfig, substrate: Substrat
     return ExitCode.FINISHED
 
 
-def _run(session: Session, requests: Sequence[Request]):
+def _run(session: Session, requests: Sequence[Request]) -> Iterator[Event]:
     """Events of all requests as they come.
 
     Raises:

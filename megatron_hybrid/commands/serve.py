@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -124,6 +125,10 @@ def _listen(arguments: argparse.Namespace, session: Session) -> None:
         f"[{session.language_model.checkpoint} as {name!r}: {arguments.max_batch_size} sequences of {arguments.max_length:,} tokens]",
         flush=True,
     )
-    server.run()
+    with contextlib.suppress(SystemExit):
+        # What it says where it cannot listen, after its own message.
+        server.run()
+    if not server.started:
+        raise RunError(f"could not listen at {arguments.host}:{arguments.port}; choose another --port or --host")
     if worker.failure is not None:
         raise RunError(f"generating failed: {type(worker.failure).__name__}: {worker.failure}") from worker.failure

@@ -13,6 +13,7 @@ from typing import Literal
 
 from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.generate.engine import Engine, Start, StepTokens, check_finite
+from megatron_hybrid.generate.ranks import Leader
 from megatron_hybrid.generate.sampling import Sampling
 from megatron_hybrid.generate.text import TextStream
 
@@ -83,7 +84,7 @@ class Scheduler:
         steps_ahead: steps that may be under way before their tokens are looked at; 0 on a CPU, which does nothing meanwhile.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, steps_ahead: int) -> None:
+    def __init__(self, engine: Engine | Leader, tokenizer: Tokenizer, *, steps_ahead: int) -> None:
         self._engine, self._tokenizer, self._steps_ahead = engine, tokenizer, steps_ahead
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []

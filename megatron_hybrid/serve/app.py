@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -26,6 +26,7 @@ from megatron_hybrid.serve.worker import Busy, Worker
 _BODY_TIMEOUT_S = 30.0
 _CLIENT_CLOSED = 499
 BodyT = TypeVar("BodyT", bound=BaseModel)
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Endpoints:
             return await _unless_gone(http, _whole(first, events, answer, len(requests)))
 
 
-async def _whole(first: tuple[int, Event], events: AsyncIterator[tuple[int, Event]], answer: Answer, num_choices: int) -> Response:
+async def _whole(first: tuple[int, Event], events: AsyncGenerator[tuple[int, Event], None], answer: Answer, num_choices: int) -> Response:
     texts, endings, new_tokens = [""] * num_choices, [""] * num_choices, 0
     async for place, event in _after(first, events):
         if event.error is not None:
@@ -209,7 +210,7 @@ async def _whole(first: tuple[int, Event], events: AsyncIterator[tuple[int, Even
 
 
 async def _chunks(
-    first: tuple[int, Event], events: AsyncIterator[tuple[int, Event]], answer: Answer, num_choices: int, *, include_usage: bool
+    first: tuple[int, Event], events: AsyncGenerator[tuple[int, Event], None], answer: Answer, num_choices: int, *, include_usage: bool
 ) -> AsyncIterator[bytes]:
     """Server-sent events. A client that goes away closes this, and with it ``events``."""
     new_tokens = 0
@@ -229,16 +230,13 @@ async def _chunks(
         yield b"data: [DONE]\n\n"
 
 
-async def _after(first: tuple[int, Event], events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[tuple[int, Event]]:
+async def _after(first: tuple[int, Event], events: AsyncGenerator[tuple[int, Event], None]) -> AsyncIterator[tuple[int, Event]]:
     yield first
     async for each in events:
         yield each
 
 
-ResultT = TypeVar("ResultT")
-
-
-async def _unless_gone(http: HttpRequest, work) -> ResultT:
+async def _unless_gone(http: HttpRequest, work: Awaitable[ResultT]) -> ResultT:
     """Await ``work``, but not longer than the client stays.
 
     Raises:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -77,7 +77,7 @@ class Worker:
         """
         self._scheduler.check(request)
 
-    async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Event], None]:
         """Run requests together and yield their events, each with its request's place in the sequence, until all are over. Closing the
         iterator early cancels what is left.
 

@@ -247,6 +247,14 @@ def test_asked_to_stop_it_finishes_what_is_under_way(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_port_that_is_taken_is_one_message(run_dir: Path, server: Server) -> None:
+    command = [sys.executable, "-m", "megatron_hybrid", "serve", str(run_dir), "--port", str(server.port)]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=250)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert f"could not listen at 127.0.0.1:{server.port}" in process.stderr
+
+
+@pytest.mark.slow
 def test_two_ranks_serve_and_stop_together(run_dir: Path, server: Server) -> None:
     other = Server(run_dir, "--max-length", "400", "--tensor", "2")
     # Longer than a rank is left waiting for another.
