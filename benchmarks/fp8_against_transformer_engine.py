@@ -1,0 +1,97 @@
+"""Our float8 linear beside Transformer Engine's, same inputs: are scales and amax histories the same bit for bit, and how far are results?
+
+    python -m benchmarks.fp8_against_transformer_engine
+
+Over 50 steps the magnitudes of inputs, weights and gradients drift by a few powers of two. Prints a JSON line per recipe: in how many steps
+histories and scales were equal in every bit, and the largest relative l2 distance of output, input gradient and weight gradient. Both
+multiply through cuBLASLt; where results differ it is the order of sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+import transformer_engine.pytorch as te
+from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling, Format
+
+from megatron_hybrid.config import DelayedScalingConfig, Fp8Config
+from megatron_hybrid.fp8.backends import make_backend
+from megatron_hybrid.fp8.linear import Float8Linear
+from megatron_hybrid.fp8.scaling import new_scale, rolled, window_amax
+from megatron_hybrid.ops.linear_accumulating import linear_accumulating
+
+TOKENS, INPUTS, OUTPUTS, STEPS, HISTORY = 512, 1024, 768, 50, 16
+
+
+def make_linear(recipe: str) -> Float8Linear:
+    delayed = DelayedScalingConfig(history_length=HISTORY) if recipe == "delayed" else DelayedScalingConfig()
+    config = Fp8Config(recipe=recipe, delayed=delayed)
+    return Float8Linear("linear", config, make_backend("transformer_engine"), linear_accumulating).cuda()
+
+
+def finish_step(linear: Float8Linear) -> None:
+    """What ``ScalingState.finish_step`` does, for one linear on one rank."""
+    largest_R = linear.scale_R.new_tensor([each.largest for each in linear.formats])
+    scale_R = new_scale(window_amax(linear.amax_history_RH, "max"), linear.scale_R, largest_R)
+    # Each inverse at an address of its own that cuBLASLt takes.
+    linear.inverse_scale_R = torch.ones(3, 4, device="cuda")[:, 0]
+    linear.set_scales(scale_R)
+    linear.amax_history_RH.copy_(rolled(linear.amax_history_RH))
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+
+
+def compare(recipe: str) -> dict[str, object]:
+    torch.manual_seed(0)
+    ours = make_linear(recipe)
+    if recipe == "delayed":
+        ours.inverse_scale_R = torch.ones(3, 4, device="cuda")[:, 0]
+    theirs = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    te_recipe = (
+        DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=HISTORY, amax_compute_algo="max")
+        if recipe == "delayed"
+        else Float8CurrentScaling(fp8_format=Format.HYBRID)
+    )
+    equal, distances = 0, {"output": 0.0, "input_gradient": 0.0, "weight_gradient": 0.0}
+    for step in range(STEPS):
+        magnitude = 2.0 ** (step % 7 - 3)
+        x = (torch.randn(TOKENS, INPUTS, device="cuda") * magnitude).bfloat16().requires_grad_()
+        dy = (torch.randn(TOKENS, OUTPUTS, device="cuda") * 2.0 ** (step % 11 - 8)).bfloat16()
+        weight = (torch.randn(OUTPUTS, INPUTS, device="cuda") * 0.02 * (1 + step / 10)).bfloat16().requires_grad_()
+        with torch.no_grad():
+            theirs.weight.copy_(weight)
+        y = ours(x, weight)
+        own = y, *torch.autograd.grad(y, (x, weight), dy)
+        with te.fp8_autocast(enabled=True, fp8_recipe=te_recipe):
+            y = theirs(x)
+        y.backward(dy)
+        for (name, largest), mine, peer in zip(distances.items(), own, (y, x.grad, theirs.weight.grad), strict=True):
+            distances[name] = max(largest, distance(mine, peer))
+        x.grad = theirs.weight.grad = None
+        if recipe == "delayed":
+            finish_step(ours)
+            forward, backward = theirs.fp8_meta["scaling_fwd"], theirs.fp8_meta["scaling_bwd"]
+            histories = torch.cat((forward.amax_history[:, :2], backward.amax_history[:, :1]), 1).t()
+            scales = torch.cat((forward.scale[:2], backward.scale[:1]))
+            equal += torch.equal(ours.amax_history_RH, histories) and torch.equal(ours.scale_R, scales)
+    report = {"recipe": recipe, "steps": STEPS, "gpu": torch.cuda.get_device_name(), "largest_l2_distance": distances}
+    return report | ({"steps_with_equal_histories_and_scales": equal} if recipe == "delayed" else {})
+
+
+def main() -> None:
+    """Print one JSON line per recipe."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.fp8_against_transformer_engine",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    for recipe in ("delayed", "current"):
+        print(json.dumps(compare(recipe)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
