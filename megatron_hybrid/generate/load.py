@@ -176,12 +176,15 @@ def _load_hub(run: RunConfig, path: Path, substrate: Substrate) -> HybridModel:
 def build_stage(run: RunConfig, substrate: Substrate) -> HybridModel:
     """Make this rank's stage on its device, in eval mode; its weights are not set."""
     stages = plan_stages(run.model, run.parallel, run.data.sequence_length)
-    config = build_transformer_config(run, substrate)
+    config, kernels = build_transformer_config(run, substrate), run.kernels
+    if substrate.device.type == "cuda" and kernels.attention == "auto":
+        # cuDNN makes a plan for every length that comes, and prompts come in all lengths.
+        kernels = kernels.model_copy(update={"attention": "sdpa"})
     with torch.device(substrate.device):
         model = HybridModel(
             run.model,
             config,
-            ops_for(substrate.device, config.params_dtype, choices=run.kernels, chunk_length=run.model.mamba_chunk_size),
+            ops_for(substrate.device, config.params_dtype, choices=kernels, chunk_length=run.model.mamba_chunk_size),
             layer_range=stages[substrate.pipeline_rank],
             is_first_stage=substrate.pipeline_rank == 0,
             is_last_stage=substrate.pipeline_rank == len(stages) - 1,
