@@ -60,8 +60,11 @@ class HarnessModel(TemplateLM):
         return self._language_model.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text; those that come before a document's first only where they are asked for."""
-        prefix = self._language_model.companions.prompt_prefix if add_special_tokens else ()
+        """The tokens of a text, after those that come before a document's first unless they are not wanted. Once chats are written by the
+        model's template, every text is one, with its control tokens written out."""
+        if self._chat is not None:
+            return self._chat.encode_text(string)
+        prefix = () if add_special_tokens is False else self._language_model.companions.prompt_prefix
         return [*prefix, *self._language_model.tokenizer.encode(string)]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -82,7 +85,7 @@ class HarnessModel(TemplateLM):
         windows: list[tuple[int, list[int], list[int]]] = []
         for number, request in enumerate(requests):
             (text,) = request.args
-            tokens = self.tok_encode(text)
+            tokens = self.tok_encode(text, add_special_tokens=False)
             pieces = get_rolling_token_windows(tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
             windows += [(number, *make_disjoint_window(piece)) for piece in pieces]
         scores = self._score([(context, continuation) for _, context, continuation in windows], disable_tqdm)
@@ -159,7 +162,7 @@ class HarnessModel(TemplateLM):
         room = self.max_length - num_new
         if room < 1:
             raise ValueError(f"the task asks for {num_new:,} new tokens, but there is room for {self.max_length:,}; raise --max-length")
-        tokens = (self.tok_encode(context, add_special_tokens=True) or [self.prefix_token_id])[-room:]
+        tokens = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
         return Request(
             key=number,
             prompt=tokens,

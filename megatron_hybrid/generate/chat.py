@@ -58,13 +58,17 @@ class ChatWriter:
         except (self._template_error, TypeError) as error:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from error
 
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of what ``write`` returned."""
+        return self._tokenizer.encode_markup(text)
+
     def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a chat whose next message is the assistant's.
 
         Raises:
             ValueError: the template refuses the messages, or writes nothing.
         """
-        tokens = self._tokenizer.encode_markup(self.write(messages, add_generation_prompt=True))
+        tokens = self.encode_text(self.write(messages, add_generation_prompt=True))
         if not tokens:
             raise ValueError("the model's chat template wrote nothing for these messages")
         return tokens

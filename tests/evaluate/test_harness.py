@@ -48,15 +48,16 @@ def log_probabilities(model: HybridModel, tokens: list[int], count: int) -> tupl
 def answers(run: RunConfig) -> dict[str, Any]:
     model, _ = small_model(run)
     engine = Engine(model, max_batch_size=3, max_length=MAX_LENGTH, vocab_size=VOCAB_SIZE, prefill_tokens=128)
-    companions = Companions((EOD_ID,), frozenset({EOD_ID}), None, {})
+    template = "{% for message in messages %}<|endoftext|> {{ message.content }} {% endfor %}{% if add_generation_prompt %}t9{% endif %}"
+    companions = Companions((EOD_ID,), frozenset({EOD_ID}), template, {})
     harness = HarnessModel(Session(LanguageModel(model, TOKENIZER, companions, Path("nowhere")), engine, 0))
-    greedy = generate(engine, [Start([5, 6], Sampling(temperature=0.0), 0)], 2)[0]
+    greedy = generate(engine, [Start([EOD_ID, 5, 6], Sampling(temperature=0.0), 0)], 2)[0]
 
     pairs = [([5, 6, 7], [8, 9]), ([5, 6], greedy), ([], [3, 4, 5]), (list(range(1, 60)), [7]), ([9], list(range(1, 31)))]
     asked = [instance("loglikelihood", words(context), (" " if context else "") + words(new)) for context, new in pairs]
     expected = []
     for context, new in pairs:
-        sequence = [*(context or [EOD_ID]), *new][-(MAX_LENGTH + 1) :]
+        sequence = [EOD_ID, *context, *new][-(MAX_LENGTH + 1) :]
         expected.append(log_probabilities(model, sequence, len(new)))
     report: dict[str, Any] = {"scores": list(zip(harness.loglikelihood(asked, disable_tqdm=True), expected, strict=True))}
 
@@ -80,6 +81,8 @@ def answers(run: RunConfig) -> dict[str, Any]:
     )
     with pytest.raises(ValueError, match="num_beams"):
         harness.generate_until([instance("generate_until", "t5", {"num_beams": 4})])
+    chat = harness.apply_chat_template([{"role": "user", "content": "t5"}, {"role": "assistant", "content": "t6"}])
+    report["chat"] = chat, harness.tok_encode(chat)
     return report
 
 
@@ -94,6 +97,7 @@ def test_the_three_questions_get_the_models_answers(tmp_path: Path, run_ranks) -
     assert plain.split() == greedy.split() == unsampled.split()
     assert stopped.split() == greedy.split(stop)[0].split()
     assert sampled.split() == drawn.split() != greedy.split()
+    assert report["chat"] == ("<|endoftext|> t5 <|endoftext|> t6 t9", [EOD_ID, 5, EOD_ID, 6, 9])
 
 
 def write_tasks(folder: Path) -> list[Path]:
