@@ -85,10 +85,10 @@ CONV_LAUNCH = ConvLaunch(block_c=512, num_tiles=8, tile=8, num_warps=4)
 
 
 def norm_launch(size: int) -> NormLaunch:
-    """For groups of `size` channels: some 2048 elements at once, 16 per thread."""
+    """For groups of `size` channels: some 1024 elements at once, 8 per thread; longer rows take more threads, then more per thread."""
     block = triton.next_power_of_2(size)
-    rows = max(1, 2048 // block)
-    return NormLaunch(rows=rows, num_tiles=max(1, 32 // rows), num_warps=min(16, max(4, rows * block // 512)))
+    rows = max(1, 1024 // block)
+    return NormLaunch(rows=rows, num_tiles=max(1, 32 // rows), num_warps=4 if block <= 1024 else 8 if block <= 4096 else 16)
 
 
 def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch:
@@ -100,15 +100,18 @@ def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch
     if dtype == torch.float32:
         walk = WalkLaunch(block_p=min(block_p, 32), block_n=min(block_n, 32), num_warps=4, num_stages=1)
         return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), SourceLaunch(32, 4, 1), ProductLaunch(4, 1))
-    wide = block_p > 64 or block_n > 128
+    block_p, small = min(block_p, 64), block_p * block_n <= 64 * 128
+    walk = WalkLaunch(block_p, min(block_n, 64), num_warps=4, num_stages=3)
+    # two stages of the widest states do not fit the shared memory
+    num_stages = 2 if block_size(head_dim) * block_n <= 128 * 128 else 1
     return ScanLaunch(
         forward_chunk=128,
-        backward_chunk=64,
-        forward_walk=WalkLaunch(block_p=min(block_p, 64), block_n=min(block_n, 64), num_warps=4, num_stages=3),
-        backward_walk=WalkLaunch(block_p=min(block_p, 64), block_n=min(block_n, 64), num_warps=4, num_stages=4),
+        backward_chunk=128 if small else 64,
+        forward_walk=walk,
+        backward_walk=walk,
         output=OutputLaunch(block_l=64, num_heads=8, num_warps=4, num_stages=2),
-        source_gradient=SourceLaunch(tile=64, num_warps=4, num_stages=1 if wide else 2),
-        key_gradient=ProductLaunch(num_warps=4, num_stages=1 if wide else 2),
+        source_gradient=SourceLaunch(32, 8, 2) if small else SourceLaunch(64, 4, num_stages),
+        key_gradient=ProductLaunch(num_warps=8, num_stages=num_stages),
     )
 
 

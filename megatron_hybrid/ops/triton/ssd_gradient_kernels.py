@@ -102,17 +102,15 @@ def source_gradient_kernel(
             if HAS_DOCUMENTS:
                 document_j = load_documents(document_ptr, batch, length, chunk * K + target_k)
                 readable = readable & (document[:, None] == document_j[None, :])
+            weight = tl.exp2(tl.where(readable, target[None, :] - source[:, None], float("-inf")))
+            mixing = tl.dot(B, tl.trans(Cs[t]), input_precision=PRECISION) * weight
+            dx = tl.dot((mixing + tl.where(diagonal, D, 0.0)).to(x.dtype), dy, dx, input_precision=PRECISION)
             dmixing = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
             dD += tl.sum(tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1), axis=0)
-            weight = tl.exp2(tl.where(readable, target[None, :] - source[:, None], float("-inf")))
-            dmixing *= weight
-            sums = sums + (dscores[t] + dmixing,)
-            scores = tl.dot(B, tl.trans(Cs[t]), input_precision=PRECISION)
-            dmixing *= scores
-            at_source += tl.sum(dmixing, axis=1)
-            tl.store(at_target_ptr + row * K + target_k, tl.sum(dmixing, axis=0))
-            mixing = weight * scores + tl.where(diagonal, D, 0.0)
-            dx = tl.dot(mixing.to(x.dtype), dy, dx, input_precision=PRECISION)
+            sums = sums + (dscores[t] + dmixing * weight,)
+            mixing *= dmixing
+            at_source += tl.sum(mixing, axis=1)
+            tl.store(at_target_ptr + row * K + target_k, tl.sum(mixing, axis=0))
         dscores = sums
         dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * into[:, None]
         tl.store(dD_ptr + row, dD)
