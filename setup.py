@@ -30,6 +30,8 @@ setup(
     extras_require={
         "cpu": ["torch==2.13.0"],
         "logging": ["tensorboard==2.21.0"],
+        "serve": ["starlette==1.10.0", "uvicorn==0.54.0", "jinja2==3.1.6"],
+        "evaluate": ["lm_eval==0.4.13"],
         "huggingface": [
             "transformers==5.20.2; python_version < '3.11'",
             "transformers==5.23.0; python_version >= '3.11'",

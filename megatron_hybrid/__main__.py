@@ -10,6 +10,7 @@ _EPILOG = """examples:
   python -m megatron_hybrid describe nemotron-h-8b parallel.tensor=8
   python -m megatron_hybrid pretrain examples/quickstart/config.yaml
   python -m megatron_hybrid generate runs/quickstart/model --prompt "def main("
+  python -m megatron_hybrid serve runs/quickstart/model --port 8000
   python -m megatron_hybrid VERB --help
 """
 
@@ -35,6 +36,12 @@ def _describe() -> Callable[[Sequence[str]], int]:
     return main
 
 
+def _evaluate() -> Callable[[Sequence[str]], int]:
+    from megatron_hybrid.commands.evaluate import main
+
+    return main
+
+
 def _generate() -> Callable[[Sequence[str]], int]:
     from megatron_hybrid.commands.generate import main
 
@@ -47,8 +54,14 @@ def _pretrain() -> Callable[[Sequence[str]], int]:
     return main
 
 
+def _serve() -> Callable[[Sequence[str]], int]:
+    from megatron_hybrid.commands.serve import main
+
+    return main
+
+
 # Verbs are imported when chosen: describe needs no torch and answers at once.
-_VERBS = {"describe": _describe, "generate": _generate, "pretrain": _pretrain}
+_VERBS = {"describe": _describe, "evaluate": _evaluate, "generate": _generate, "pretrain": _pretrain, "serve": _serve}
 
 if __name__ == "__main__":
     sys.exit(main())

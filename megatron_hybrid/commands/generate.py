@@ -1,77 +1,94 @@
-"""``generate``: text from a run directory."""
+"""``generate``: text from a run directory or a Hugging Face model."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from megatron_hybrid.commands.model_arguments import add_model_arguments, load_requested_run
 
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
-    from megatron_hybrid.generate.load import LanguageModel
-    from megatron_hybrid.generate.sampling import Sampling
+    from megatron_hybrid.generate.scheduler import Event, Request
+    from megatron_hybrid.generate.session import Session
     from megatron_hybrid.substrate import ExitCode, Substrate
 
 _EPILOG = """examples:
   python -m megatron_hybrid generate runs/quickstart/model --prompt "import os" --prompt "class Queue:" --temperature 0.7 --top-p 0.9
-  python -m megatron_hybrid generate runs/quickstart/model --prompt-file prompt.txt --max-new-tokens 200 --temperature 0
-  python -m megatron_hybrid generate runs/quickstart/model --prompt "def main(" --checkpoint 200 --seed 7
+  python -m megatron_hybrid generate runs/quickstart/model --prompt-file prompt.txt --max-new-tokens 200 --temperature 0 --stop "def "
+  python -m megatron_hybrid generate runs/quickstart/model --input prompts.jsonl --output texts.jsonl --batch-size 16
+  python -m megatron_hybrid generate models/nemotron-h-8b --tensor 2 --prompt "def main(" --seed 7
 
-The text goes to stdout as it comes, prompt first; what else there is to say goes to stderr. Generation stops where the model ends the
-document. One rank generates, whatever layout trained the model.
+The text goes to stdout as it comes, prompt first; what else there is to say goes to stderr. A text ends where the model ends the document,
+or before a stop string. With --input every line is a JSON object with a "prompt", and may set max_new_tokens, temperature, top_k, top_p,
+min_p, repetition_penalty, seed and stop for itself; the lines of --output have all that the input's have, and the text.
 """
+_OWN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+"""What a line of --input may set for itself."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse the command line and generate; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_hybrid generate",
-        description="Continue prompts with a pretrained model.",
+        description="Continue prompts with a trained model.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", type=Path, help="run directory of a pretraining run")
+    add_model_arguments(parser)
     prompt = {"dest": "prompts", "action": "append"}
     parser.add_argument("--prompt", **prompt, metavar="TEXT", help="text to continue, the beginning of a document; may be repeated")
-    parser.add_argument("--prompt-file", **prompt, metavar="FILE", type=_read_prompt, help="file whose whole text is a prompt")
-    parser.add_argument("--checkpoint", metavar="STEP", type=int, help="use the checkpoint of this step (default: the newest sound one)")
+    parser.add_argument("--prompt-file", **prompt, metavar="FILE", type=_read_text, help="file whose whole text is a prompt")
+    parser.add_argument("--input", metavar="FILE", help="JSON lines with a prompt each; - for stdin")
+    parser.add_argument("--output", metavar="FILE", help="where the JSON lines with texts go (default: stdout); only with --input")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="tokens after which to stop (default: %(default)s)")
     parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="0: always the most probable token (default: 1)")
     parser.add_argument("--top-k", metavar="K", type=int, help="choose among the K most probable tokens (default: all)")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="choose among the fewest tokens with this total probability")
+    parser.add_argument("--min-p", metavar="P", type=float, default=0.0, help="choose among tokens this many times as probable as the best")
+    parser.add_argument("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1: make what was there less probable")
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     parser.add_argument("--seed", type=int, help="the first prompt's seed; each further one has one more (default: a random one, reported)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="prompts at a time at most (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if not arguments.prompts:
-        parser.error("give a --prompt or a --prompt-file")
-    if arguments.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if (arguments.input is None) == (not arguments.prompts):
+        parser.error("give a --prompt or a --prompt-file, or an --input")
+    if arguments.output is not None and arguments.input is None:
+        parser.error("--output is for the texts of an --input; without one they go to stdout")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if arguments.seed is None:
         arguments.seed = secrets.randbelow(2**31)
     if not 0 <= arguments.seed < 2**63:
         parser.error(f"--seed must be a number from 0 to 2^63 - 1, got {arguments.seed}")
+    try:
+        arguments.lines = None if arguments.input is None else _read_lines(arguments.input)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     # Only now: torch and megatron-core take seconds that a typing error should not have to wait for.
     from megatron_hybrid.substrate.quiet import silence_known_warnings
 
     silence_known_warnings()
-    from megatron_hybrid.generate.load import load_run
-    from megatron_hybrid.generate.sampling import Sampling
     from megatron_hybrid.substrate.launch import run_on_ranks
 
     try:
-        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-        run = load_run(arguments.run_dir)
+        _wishes(arguments)
+        run = load_requested_run(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_on_ranks(partial(_generate, arguments, sampling), run)
+    return run_on_ranks(partial(_generate, arguments), run)
 
 
-def _read_prompt(name: str) -> str:
+def _read_text(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
@@ -80,40 +97,157 @@ def _read_prompt(name: str) -> str:
         raise argparse.ArgumentTypeError(f"{name} is no text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _generate(arguments: argparse.Namespace, sampling: Sampling, run: RunConfig, substrate: Substrate) -> ExitCode:
+def _read_lines(name: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; empty lines are passed over."""
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name}, line {number}, is no JSON: {error}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise ValueError(f'{name}, line {number}: expected an object with a text "prompt"')
+        lines.append(entry)
+    if not lines:
+        raise ValueError(f"{name} has no prompts")
+    return lines
+
+
+def _wishes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is wanted for every prompt, checked: the prompt, a ``Sampling`` and the rest of ``_OWN``.
+
+    Raises:
+        ValueError: a line of --input asks for what there is not; names the line.
+    """
+    from megatron_hybrid.generate.sampling import Sampling
+
+    wishes = []
+    for number, entry in enumerate(arguments.lines or [{"prompt": prompt} for prompt in arguments.prompts]):
+        values = {name: getattr(arguments, name) for name in _OWN} | {name: entry[name] for name in _OWN if name in entry}
+        if "seed" not in entry:
+            values["seed"] += number
+        try:
+            settings = {name: values.pop(name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+            values["sampling"] = Sampling(**settings)
+            values["stop"] = (values["stop"],) if isinstance(values["stop"], str) else tuple(values["stop"])
+            if not all(isinstance(stop, str) and stop for stop in values["stop"]):
+                raise ValueError("stop must be texts of at least one character")
+            for name, least in (("max_new_tokens", 1), ("seed", 0)):
+                if not isinstance(values[name], int) or not least <= values[name] < 2**63:
+                    raise ValueError(f"{name} must be a whole number of at least {least}, got {values[name]!r}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"prompt {number + 1}: {error}" if arguments.lines else str(error)) from None
+        wishes.append({"prompt": entry["prompt"]} | values)
+    return wishes
+
+
+def _generate(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) -> ExitCode:
     """Load the model and continue every prompt."""
     from megatron_hybrid.generate.load import load_language_model
+    from megatron_hybrid.generate.scheduler import Request
+    from megatron_hybrid.generate.session import lead
     from megatron_hybrid.generate.text import encode_prompt
     from megatron_hybrid.substrate import ExitCode
 
-    language_model = load_language_model(run, arguments.run_dir, substrate, step=arguments.checkpoint)
-    tokenizer, resets_at_documents = language_model.tokenizer, language_model.resets_at_documents
-    encoded = [encode_prompt(prompt, tokenizer, resets_at_documents=resets_at_documents) for prompt in arguments.prompts]
-    _report(f"{language_model.checkpoint} in {run.train.precision} on {substrate.device}, seed {arguments.seed}")
-    # A terminal that cannot show a character shows a question mark.
-    sys.stdout.reconfigure(errors="replace")
-    for number, (prompt, tokens) in enumerate(zip(arguments.prompts, encoded, strict=True)):
-        if len(encoded) > 1:
-            print(f"=== {number + 1} of {len(encoded)} ===")
-        print(prompt, end="", flush=True)
-        _continue(language_model, tokens, arguments.max_new_tokens, sampling, arguments.seed + number)
+    language_model = load_language_model(run, arguments.model, substrate, step=arguments.checkpoint)
+    companions, requests = language_model.companions, []
+    for number, wish in enumerate(_wishes(arguments)):
+        prompt = encode_prompt(wish.pop("prompt"), language_model.tokenizer, companions.prompt_prefix)
+        requests.append(Request(key=number, prompt=prompt, stop_tokens=companions.end_tokens, **wish))
+    if substrate.rank == 0:
+        _report(f"{language_model.checkpoint} in {run.train.precision} on {substrate.device}, seed {arguments.seed}")
+    lead(
+        language_model,
+        substrate,
+        partial(_write_lines if arguments.lines else _print_texts, arguments, requests),
+        max_batch_size=min(arguments.batch_size, len(requests)),
+        max_length=max(len(request.prompt) + request.max_new_tokens for request in requests),
+    )
     return ExitCode.FINISHED
 
 
-def _continue(language_model: LanguageModel, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int) -> None:
-    """Print a prompt's continuation as it comes, and then how fast it came."""
-    from megatron_hybrid.generate.text import stream_text
+def _run(session: Session, requests: Sequence[Request]) -> Iterator[Event]:
+    """Events of all requests as they come.
 
-    times_s, last = [time.perf_counter()], None
-    for piece in stream_text(language_model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed):
-        print(piece.text, end="", flush=True)
-        times_s.append(time.perf_counter())
-        last = piece.token
-    print(flush=True)
+    Raises:
+        ValueError: one cannot be met.
+    """
+    scheduler = session.new_scheduler()
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.has_work:
+        for event in scheduler.advance():
+            if event.error is not None:
+                raise ValueError(event.error)
+            yield event
+
+
+def _print_texts(arguments: argparse.Namespace, requests: Sequence[Request], session: Session) -> None:
+    """Print each prompt's continuation, the first unfinished one as it comes, and then how fast it came."""
+    # A terminal that cannot show a character shows a question mark.
+    sys.stdout.reconfigure(errors="replace")
+    waiting: list[list[tuple[float, Event]]] = [[] for _ in requests]
+    shown = 0
+    times_s = [time.perf_counter()]
+    _print_heading(arguments, shown)
+    for event in _run(session, requests):
+        waiting[event.key].append((time.perf_counter(), event))
+        while shown < len(requests) and waiting[shown]:
+            moment_s, next_event = waiting[shown].pop(0)
+            print(next_event.text, end="", flush=True)
+            times_s.append(moment_s)
+            if next_event.ending is not None:
+                print(flush=True)
+                _report_speed(len(requests[shown].prompt), times_s, next_event.ending)
+                times_s, shown = times_s[:1], shown + 1
+                if shown < len(requests):
+                    _print_heading(arguments, shown)
+
+
+def _print_heading(arguments: argparse.Namespace, number: int) -> None:
+    if len(arguments.prompts) > 1:
+        print(f"=== {number + 1} of {len(arguments.prompts)} ===")
+    print(arguments.prompts[number], end="", flush=True)
+
+
+def _report_speed(prompt_tokens: int, times_s: list[float], ending: str) -> None:
     num_tokens = len(times_s) - 1
     speed = f" at {(num_tokens - 1) / (times_s[-1] - times_s[1]):.1f} tokens/s" if num_tokens > 1 else ""
-    ending = "end of document" if last == language_model.tokenizer.eod_id else "--max-new-tokens reached"
-    _report(f"{len(prompt)} prompt tokens in {times_s[1] - times_s[0]:.2f} s, {num_tokens} new ones{speed}; {ending}")
+    reason = {"stop": "end of text", "length": "--max-new-tokens reached"}[ending]
+    _report(f"{prompt_tokens} prompt tokens in {times_s[1] - times_s[0]:.2f} s, {num_tokens} new ones{speed}; {reason}")
+
+
+def _write_lines(arguments: argparse.Namespace, requests: Sequence[Request], session: Session) -> None:
+    """Write a JSON line for each prompt, in their order, each as soon as it and those before it are done."""
+    from tqdm import tqdm
+
+    texts, done = [""] * len(requests), [None] * len(requests)
+    num_tokens, written = [0] * len(requests), 0
+    start_s = time.perf_counter()
+    with open(arguments.output or sys.stdout.fileno(), "w", encoding="utf-8", closefd=arguments.output is not None) as file:
+        with tqdm(total=len(requests), unit="prompt", disable=None) as progress:
+            for event in _run(session, requests):
+                texts[event.key] += event.text
+                num_tokens[event.key] += 1
+                if event.ending is None:
+                    continue
+                done[event.key] = event.ending
+                progress.update()
+                while written < len(requests) and done[written] is not None:
+                    facts = {
+                        "text": texts[written],
+                        "finish_reason": done[written],
+                        "prompt_tokens": len(requests[written].prompt),
+                        "new_tokens": num_tokens[written],
+                        "seed": requests[written].seed,
+                    }
+                    print(json.dumps(arguments.lines[written] | facts, ensure_ascii=False), file=file, flush=True)
+                    written += 1
+    seconds = time.perf_counter() - start_s
+    _report(f"{len(requests)} prompts, {sum(num_tokens):,} new tokens in {seconds:.2f} s, {sum(num_tokens) / seconds:.1f} tokens/s")
 
 
 def _report(line: str) -> None:

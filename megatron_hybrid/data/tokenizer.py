@@ -9,6 +9,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -35,6 +36,8 @@ class Tokenizer(Protocol):
     """The token that ends a document."""
     fingerprint: str
     """A hash of everything that decides the ids of a text."""
+    prefix: tuple[int, ...]
+    """Tokens that the tokenizer's own rules put before a text; ``encode`` does not."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -70,6 +73,8 @@ class SentencePieceTokenizer:
         else:
             self.eod_id = _find_eod(named, eod_token)
         self.fingerprint = _fingerprint("sentencepiece", model_proto, self.eod_id)
+        # Whether to put the beginning-of-sentence token there is no part of a sentencepiece model.
+        self.prefix: tuple[int, ...] = ()
         self._words = word_pattern(model_proto)
         self._encoded_words = _WordTable(self._processor)
 
@@ -123,6 +128,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eod_id: int = _find_eod(vocabulary, eod_token)
         self.fingerprint = _fingerprint("huggingface", definition.encode("utf-8"), self.eod_id)
+        self.prefix: tuple[int, ...] = self._find_prefix()
 
     def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str, str | None]]:
         return HuggingFaceTokenizer, self._state
@@ -130,6 +136,18 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Return the ids of a text in which control tokens are written out, as a chat template writes them."""
+        return self._markup.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _markup(self) -> tokenizers.Tokenizer:
+        # One of its own: whether control tokens are read is a switch of the whole tokenizer, which other threads use.
+        tokenizer = tokenizers.Tokenizer.from_str(self._state[0])
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32 [tokens]."""
@@ -139,6 +157,12 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def _find_prefix(self) -> tuple[int, ...]:
+        probe = "a"
+        plain, complete = self.encode(probe), self._tokenizer.encode(probe, add_special_tokens=True).ids
+        first = next((start for start in range(len(complete)) if complete[start : start + len(plain)] == plain), 0)
+        return tuple(complete[:first])
 
 
 class Detokenizer:

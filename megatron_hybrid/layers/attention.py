@@ -48,9 +48,7 @@ class SelfAttention(torch.nn.Module):
 
     def _core(self, qkv_LBE: Tensor, sequence: Sequence, cache: AttentionCache | None) -> Tensor:
         """Attention proper: [L, B, linear_qkv rows] to [L, B, heads x head_dim]."""
-        qkv_BLGQP = qkv_LBE.transpose(0, 1).unflatten(-1, (self.num_groups, self.num_queries_per_group + 2, self.head_dim))
-        q_BLGQP, k_BLGP, v_BLGP = qkv_BLGQP.split([self.num_queries_per_group, 1, 1], dim=3)
-        q_BLHP, k_BLGP, v_BLGP = q_BLGQP.flatten(2, 3), k_BLGP.squeeze(3), v_BLGP.squeeze(3)
+        q_BLHP, k_BLGP, v_BLGP = self.split_heads(qkv_LBE.transpose(0, 1))
         if sequence.rope_cos_sin is not None:
             q_BLHP, k_BLGP = (self.ops.apply_rope(tensor, *sequence.rope_cos_sin) for tensor in (q_BLHP, k_BLGP))
         if cache is not None:
@@ -58,8 +56,14 @@ class SelfAttention(torch.nn.Module):
         attended_BLHP = self.ops.attention(q_BLHP, k_BLGP, v_BLGP, mask_B1LS=sequence.attention_mask_B1LS)
         return attended_BLHP.flatten(2).transpose(0, 1)
 
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [..., H, P], keys and values [..., G, P] in rows of linear_qkv [..., E]."""
+        qkv = qkv.unflatten(-1, (self.num_groups, self.num_queries_per_group + 2, self.head_dim))
+        q, k, v = qkv.split([self.num_queries_per_group, 1, 1], dim=-2)
+        return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
+
     def new_cache(self, batch_size: int, max_length: int) -> AttentionCache:
-        """Empty buffers for ``max_length`` tokens."""
+        """Buffers for ``max_length`` tokens, of zeros: what a mask hides is multiplied by 0, which NaN would survive."""
         weight = self.linear_qkv.weight
         shape = (batch_size, max_length, self.num_groups, self.head_dim)
-        return AttentionCache(weight.new_empty(shape), weight.new_empty(shape))
+        return AttentionCache(weight.new_zeros(shape), weight.new_zeros(shape))

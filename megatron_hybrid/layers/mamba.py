@@ -21,8 +21,9 @@ from megatron_hybrid.layers.parameters import Component, declare, inverse_softpl
 from megatron_hybrid.layers.recompute import recompute_between
 from megatron_hybrid.layers.sequence import MambaCache, Sequence
 from megatron_hybrid.layers.specs import Ops
-from megatron_hybrid.ops.conv1d import causal_conv1d_step
-from megatron_hybrid.ops.ssd import ssd_step
+
+_NO_STEP = -1e4
+"""A time step before softplus, after which it is exactly 0: the state stays as it was."""
 
 
 class MambaLayer(torch.nn.Module):
@@ -71,7 +72,7 @@ class MambaMixer(torch.nn.Module):
         """Map [L or L/tp, B, D] to the same shape, summed over the tensor ranks."""
         zxBCdt_LBE = self.in_proj(hidden_LBD)
         if cache is not None:
-            return self.out_proj(self._continue(zxBCdt_LBE, cache))
+            return self.out_proj(self._continue(zxBCdt_LBE, sequence, cache))
         if not (self.recompute_core and self.training):
             return self.out_proj(self._core(zxBCdt_LBE, sequence.segment_ids_BL))
         return recompute_between(lambda projected: self._core(projected, sequence.segment_ids_BL), self.out_proj, zxBCdt_LBE)
@@ -91,28 +92,29 @@ class MambaMixer(torch.nn.Module):
             segment_ids_BL=segment_ids_BL,
         )
 
-    def _continue(self, zxBCdt_LBE: Tensor, cache: MambaCache) -> Tensor:
+    def _continue(self, zxBCdt_LBE: Tensor, sequence: Sequence, cache: MambaCache) -> Tensor:
         """The same from the cache's state on, which is replaced by the state after the last token."""
-        if zxBCdt_LBE.shape[0] == 1:
-            return self._step(zxBCdt_LBE.squeeze(0), cache).unsqueeze(0)
+        length, batch_size = zxBCdt_LBE.shape[:2]
         z_BLI, xBC_BLC, dt_BLH = zxBCdt_LBE.transpose(0, 1).split(self.in_proj_sizes, dim=-1)
-        xBC_BLC, cache.conv_state_BTC = self.ops.causal_conv1d(
-            xBC_BLC, self.conv1d.weight.squeeze(1), self.conv1d.bias, initial_state_BTC=cache.conv_state_BTC
+        before_BTC = cache.recent_inputs(sequence.offset)
+        if sequence.num_valid_B is None:
+            num_valid_B = torch.full((batch_size,), length, device=dt_BLH.device)
+        else:
+            num_valid_B = sequence.num_valid_B
+            is_padding_BL = torch.arange(length, device=dt_BLH.device) >= num_valid_B[:, None]
+            dt_BLH = dt_BLH.masked_fill(is_padding_BL[..., None], _NO_STEP)
+        convolved_BLC, recent_BTC = self.ops.causal_conv1d(
+            xBC_BLC, self.conv1d.weight.squeeze(1), self.conv1d.bias, initial_state_BTC=before_BTC
         )
-        x_BLHP, B_BLGN, C_BLGN = self._split_conv(xBC_BLC)
-        y_BLHP, cache.ssm_state_BHPN = self.ops.ssd(
+        if sequence.num_valid_B is not None:
+            recent_BTC = _inputs_before(num_valid_B, before_BTC, xBC_BLC)
+        cache.keep_inputs(recent_BTC, sequence.offset + num_valid_B)
+        x_BLHP, B_BLGN, C_BLGN = self._split_conv(convolved_BLC)
+        y_BLHP, state_BHPN = self.ops.ssd(
             x_BLHP, dt_BLH, self.A_log, B_BLGN, C_BLGN, self.D, self.dt_bias, initial_state_BHPN=cache.ssm_state_BHPN
         )
+        cache.ssm_state_BHPN.copy_(state_BHPN)
         return self.norm(y_BLHP.flatten(2), z_BLI).transpose(0, 1)
-
-    def _step(self, zxBCdt_BE: Tensor, cache: MambaCache) -> Tensor:
-        """The recurrence itself, for one token: [B, in_proj rows] to [B, inner]. A scan over one position gives the same and takes
-        longer."""
-        z_BI, xBC_BC, dt_BH = zxBCdt_BE.split(self.in_proj_sizes, dim=-1)
-        xBC_BC, cache.conv_state_BTC = causal_conv1d_step(cache.conv_state_BTC, xBC_BC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x_BHP, B_BGN, C_BGN = self._split_conv(xBC_BC)
-        y_BHP, cache.ssm_state_BHPN = ssd_step(cache.ssm_state_BHPN, x_BHP, dt_BH, self.A_log, B_BGN, C_BGN, self.D, self.dt_bias)
-        return self.norm(y_BHP.flatten(1), z_BI)
 
     def _split_conv(self, xBC_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BLI, B_BLS, C_BLS = xBC_BLC.split(self.conv_sizes, dim=-1)
@@ -123,9 +125,16 @@ class MambaMixer(torch.nn.Module):
         """The state before the first token: zeros."""
         weight = self.conv1d.weight
         return MambaCache(
-            conv_state_BTC=weight.new_zeros(batch_size, weight.shape[-1] - 1, weight.shape[0]),
+            conv_ring_BWC=weight.new_zeros(batch_size, weight.shape[-1], weight.shape[0]),
             ssm_state_BHPN=self.A_log.new_zeros(batch_size, self.num_heads, self.head_dim, self.state_dim),
         )
+
+
+def _inputs_before(end_B: Tensor, before_BTC: Tensor, x_BLC: Tensor) -> Tensor:
+    """The T inputs before position ``end`` of each sequence, [B, T, C]; ``before`` holds those before position 0."""
+    num_inputs = before_BTC.shape[1]
+    index_BT = end_B[:, None] + torch.arange(num_inputs, device=end_B.device)
+    return torch.cat((before_BTC, x_BLC), dim=1).gather(1, index_BT[..., None].expand_as(before_BTC))
 
 
 class DepthwiseConv1d(torch.nn.Module):

@@ -46,10 +46,10 @@ def attention_sdpa(q_BLHP: Tensor, k_BSJP: Tensor, v_BSJP: Tensor, *, mask_B1LS:
     check_shapes(q_BLHP, k_BSJP)
     num_queries, num_keys = q_BLHP.shape[1], k_BSJP.shape[1]
     if mask_B1LS is None and 1 < num_queries < num_keys:
-        mask_B1LS = causal_mask(num_queries, num_keys, q_BLHP.device)
-    num_queries_per_key = q_BLHP.shape[2] // k_BSJP.shape[2]
-    if mask_B1LS is not None and q_BLHP.is_cuda:
+        mask_B1LS = _aligned_to_the_last(num_queries, num_keys, q_BLHP.device)
+    elif mask_B1LS is not None and q_BLHP.is_cuda:
         # With a mask only the memory-efficient kernel is left, which does not share keys among heads; torch would form the whole matrix.
+        num_queries_per_key = q_BLHP.shape[2] // k_BSJP.shape[2]
         k_BSJP, v_BSJP = (t.repeat_interleave(num_queries_per_key, dim=2) for t in (k_BSJP, v_BSJP))
     out_BHLP = F.scaled_dot_product_attention(
         q_BLHP.transpose(1, 2),
@@ -76,6 +76,17 @@ def attention_cudnn(q_BLHP: Tensor, k_BSJP: Tensor, v_BSJP: Tensor, *, mask_B1LS
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """[num_queries, num_keys] boolean, True where a key is not later than the query; the queries stand at the last positions."""
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def _aligned_to_the_last(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """`causal_mask` for torch's attention. To a GPU's flash kernel it is an alignment that it knows; a tensor would cost memory, and that
+    kernel."""
+    if device.type != "cuda":
+        return causal_mask(num_queries, num_keys, device)
+    # Only now: it brings torch's compiler along, which takes seconds to import.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(num_queries, num_keys)
 
 
 def check_shapes(q_BLHP: Tensor, k_BSJP: Tensor) -> None:

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import tokenizers
 
 from megatron_hybrid.__main__ import main
-from megatron_hybrid.config import RunConfig
-from megatron_hybrid.run_directory import prepare_run_directory
-from megatron_hybrid.substrate.groups import initialize, shutdown
-from megatron_hybrid.substrate.transformer_config import build_transformer_config
-from megatron_hybrid.tasks.pretrain import Pretraining
-from megatron_hybrid.train.trainer import Trainer
-from tests.runs import EOD_ID, VOCAB_SIZE, small_run, write_corpus
+from tests.generate.models import word_tokenizer
+from tests.generate.saved import train
+from tests.runs import small_run, write_corpus
 
 LAYOUTS = {"one": {}, "tp2": {"tensor": 2, "sequence_parallel": True}, "pp2": {"pipeline": 2}}
 PROMPT = "t5 t17 t3 t200"
-
-
-def train(run: RunConfig) -> None:
-    """Train to the end and save; runs on every rank."""
-    substrate = initialize(run)
-    config = build_transformer_config(run, substrate)
-    prepare_run_directory(run, substrate)
-    Trainer(run, Pretraining(run, config, substrate), config, substrate).train()
-    shutdown(substrate)
 
 
 def command(*arguments: str) -> tuple[int | str | None, str, str]:
@@ -49,10 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, and a tokenizer whose words are t1, t2..."""
     folder = tmp_path_factory.mktemp("generate")
     write_corpus(folder / "text")
-    vocabulary = {"<|endoftext|>": EOD_ID} | {f"t{token}": token for token in range(1, VOCAB_SIZE)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t1"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    word_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -104,6 +91,52 @@ def test_several_prompts_stand_apart_and_do_not_touch_one_another(run_dirs: dict
     alone = [generate(run_dirs["one"], "--prompt", prompt, *options)[1] for prompt in (PROMPT, "t9 t9\n")]
     assert out == f"=== 1 of 2 ===\n{alone[0]}=== 2 of 2 ===\n{alone[1]}"
     assert len(re.findall(r"\d prompt tokens in [\d.]+ s, 6 new ones at [\d.]+ tokens/s; --max-new-tokens reached", err)) == 2
+
+
+def test_json_lines_come_back_in_order_each_with_its_own_settings(run_dirs: dict[str, Path], folder: Path, generate) -> None:
+    lines = [
+        {"id": "a", "prompt": PROMPT, "max_new_tokens": 9, "temperature": 0},
+        {"id": "b", "prompt": "t9", "max_new_tokens": 2},
+        {"id": "c", "prompt": "t9 t9", "seed": 5, "top_k": 3, "repetition_penalty": 1.3},
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    options = ("--max-new-tokens", 4, "--seed", 1, "--batch-size", 2)
+    code, out, err = generate(run_dirs["one"], "--input", folder / "prompts.jsonl", "--output", folder / "texts.jsonl", *options)
+    assert code == 0 and not out and re.search(r"3 prompts, 15 new tokens in", err), err
+    answers = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    assert [{name: answer[name] for name in line} for line, answer in zip(lines, answers, strict=True)] == lines
+    assert [(answer["new_tokens"], answer["seed"], answer["finish_reason"]) for answer in answers] == [
+        (9, 1, "length"), (2, 2, "length"), (4, 5, "length"),
+    ]  # fmt: skip
+    alone = generate(run_dirs["one"], "--prompt", PROMPT, "--max-new-tokens", 9, "--temperature", 0)[1]
+    assert PROMPT + answers[0]["text"] + "\n" == alone
+    stop = answers[0]["text"].split()[4]
+    stopped = generate(run_dirs["one"], "--prompt", PROMPT, "--max-new-tokens", 9, "--temperature", 0, "--stop", stop)
+    assert stopped[1] == alone[: alone.index(stop, len(PROMPT))] + "\n" and "end of text" in stopped[2]
+
+
+def test_lines_that_cannot_be_met_are_named(run_dirs: dict[str, Path], folder: Path, generate) -> None:
+    file = folder / "bad.jsonl"
+    for line, message in (
+        ('{"prompt": 1}', 'line 1: expected an object with a text "prompt"'),
+        ("{", "line 1, is no JSON"),
+        ('{"prompt": "t1", "top_p": 2}', "prompt 1: top_p must be"),
+        ('{"prompt": "t1", "max_new_tokens": 0}', "max_new_tokens must be a whole number of at least 1, got 0"),
+        ("", "has no prompts"),
+    ):
+        file.write_text(line)
+        assert_refused(generate(run_dirs["one"], "--input", file), message)
+
+
+@pytest.mark.slow
+def test_several_ranks_print_what_one_prints(run_dirs: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "megatron_hybrid", "generate", str(run_dirs["one"]), "--prompt", PROMPT, "--max-new-tokens", "8"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    texts = {
+        subprocess.run([*command, "--seed", "3", *layout], capture_output=True, text=True, check=True, env=hidden, timeout=250).stdout
+        for layout in ((), ("--tensor", "2"), ("--pipeline", "2"))
+    }
+    assert len(texts) == 1 and texts.pop().startswith(PROMPT)
 
 
 def test_a_checkpoint_can_be_chosen_and_a_damaged_one_is_passed_over(run_dirs: dict[str, Path], generate) -> None:

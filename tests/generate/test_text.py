@@ -1,4 +1,4 @@
-"""Prompts begin as training saw documents begin, and pieces of text are whole characters that add up to the text."""
+"""Prompts begin as training saw documents begin; pieces of text are whole characters that add up to the text, and end where it stops."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import tokenizers
 
 from megatron_hybrid.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_hybrid.data.tokenizer_training import train_sentencepiece
-from megatron_hybrid.generate import text as text_module
-from megatron_hybrid.generate.load import LanguageModel
-from megatron_hybrid.generate.sampling import Sampling
-from megatron_hybrid.generate.text import encode_prompt, stream_text
+from megatron_hybrid.generate.text import TextStream, encode_prompt
 
 TEXT = "three words, \u00e9t\u00e9 \u4f60\u597d \U0001f600!"
 
@@ -31,48 +28,61 @@ def space_dropping_tokenizer() -> Tokenizer:
     return HuggingFaceTokenizer(model.to_str())
 
 
-@pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch):
-    """Return a function (tokenizer, prompt, continuation) that streams tokens as if a model had chosen them."""
-
-    def stream(tokenizer: Tokenizer, prompt: list[int], continuation: list[int], max_new_tokens: int = 1000) -> list[str]:
-        monkeypatch.setattr(text_module, "generate_tokens", lambda *_, **__: iter(continuation[:max_new_tokens]))
-        language_model = LanguageModel(model=None, tokenizer=tokenizer, resets_at_documents=True, checkpoint=None)
-        streamed = list(stream_text(language_model, prompt, max_new_tokens=max_new_tokens, sampling=Sampling(), seed=0))
-        assert [piece.token for piece in streamed] == continuation[:max_new_tokens]
-        return [piece.text for piece in streamed]
-
-    return stream
+def pieces(tokenizer: Tokenizer, prompt: list[int], continuation: list[int], stop: tuple[str, ...] = ()) -> list[str]:
+    """What each token of the continuation adds to the text, and then what is left."""
+    stream = TextStream(tokenizer, prompt, stop)
+    return [*(stream.feed(token) for token in continuation), stream.flush()]
 
 
-def test_a_prompt_begins_a_document_as_training_saw_it(byte_tokenizer: Tokenizer) -> None:
+def test_a_prompt_begins_with_what_comes_before_a_document(byte_tokenizer: Tokenizer) -> None:
     tokens = byte_tokenizer.encode(TEXT)
-    assert encode_prompt(TEXT, byte_tokenizer, resets_at_documents=True) == tokens
-    assert encode_prompt(TEXT, byte_tokenizer, resets_at_documents=False) == [byte_tokenizer.eod_id, *tokens]
+    assert encode_prompt(TEXT, byte_tokenizer) == tokens
+    assert encode_prompt(TEXT, byte_tokenizer, (byte_tokenizer.eod_id,)) == [byte_tokenizer.eod_id, *tokens]
 
 
-@pytest.mark.parametrize("resets_at_documents", [True, False])
 @pytest.mark.parametrize(("prompt", "message"), [("", "has no tokens"), ("a\udc80", "surrogates not allowed at character 1")])
-def test_a_prompt_that_is_no_text_is_refused(prompt: str, message: str, resets_at_documents: bool, byte_tokenizer: Tokenizer) -> None:
+def test_a_prompt_that_is_no_text_is_refused(prompt: str, message: str, byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=message):
-        encode_prompt(prompt, byte_tokenizer, resets_at_documents=resets_at_documents)
+        encode_prompt(prompt, byte_tokenizer, (byte_tokenizer.eod_id,))
 
 
-def test_no_piece_splits_a_character(byte_tokenizer: Tokenizer, pieces) -> None:
+def test_no_piece_splits_a_character(byte_tokenizer: Tokenizer) -> None:
     continuation = byte_tokenizer.encode(TEXT)
-    streamed = pieces(byte_tokenizer, byte_tokenizer.encode("words"), [*continuation, byte_tokenizer.eod_id])
+    streamed = pieces(byte_tokenizer, byte_tokenizer.encode("words"), continuation)
     assert "".join(streamed) == TEXT
     assert "" in streamed and not any("\ufffd" in piece for piece in streamed)
     assert len(continuation) > len(TEXT.split()), "some characters take several tokens"
 
 
-def test_an_unfinished_character_shows_at_the_end(byte_tokenizer: Tokenizer, pieces) -> None:
+def test_an_unfinished_character_shows_at_the_end(byte_tokenizer: Tokenizer) -> None:
     emoji = byte_tokenizer.encode("\U0001f600")
-    assert "".join(pieces(byte_tokenizer, byte_tokenizer.encode("a"), emoji, max_new_tokens=len(emoji) - 1)).strip("\ufffd") == ""
-    ended = pieces(byte_tokenizer, byte_tokenizer.encode("a"), [*emoji[:-1], byte_tokenizer.eod_id])
-    assert set(ended[:-1]) == {""} and "\ufffd" in ended[-1]
+    ended = pieces(byte_tokenizer, byte_tokenizer.encode("a"), emoji[:-1])
+    assert set("".join(ended[:-1]).strip()) == set() and "\ufffd" in ended[-1]
 
 
-def test_the_first_new_token_keeps_its_space(space_dropping_tokenizer: Tokenizer, pieces) -> None:
+def test_the_first_new_token_keeps_its_space(space_dropping_tokenizer: Tokenizer) -> None:
     prompt = space_dropping_tokenizer.encode("three")
-    assert pieces(space_dropping_tokenizer, prompt, [2, 3, 0]) == [" words", " more", ""]
+    assert pieces(space_dropping_tokenizer, prompt, [2, 3]) == [" words", " more", ""]
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown"),
+    [
+        (("words",), "three "),
+        (("nothing",), TEXT),
+        (("!",), TEXT[:-1]),
+        (("ords, \u00e9", "three words, \u00e9t\u00e9"), "three w"),
+        (("wo", "ee"), "thr"),
+        (("\U0001f600!?",), TEXT),
+    ],
+)
+def test_a_text_ends_before_its_first_stop_string(stop: tuple[str, ...], shown: str, byte_tokenizer: Tokenizer) -> None:
+    prompt, whole = byte_tokenizer.encode("more"), byte_tokenizer.encode(TEXT)
+    stream, text = TextStream(byte_tokenizer, prompt, stop), ""
+    for token in whole:
+        text += stream.feed(token)
+        assert shown.startswith(text), "nothing is shown that a stop string takes back"
+        if stream.is_stopped:
+            break
+    text += stream.flush()
+    assert text == shown and stream.is_stopped == any(each in TEXT for each in stop)
