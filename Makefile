@@ -17,7 +17,7 @@ test-slow: $(VENV)/installed
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,minipuzzle,test]"
 	touch $@
 
 lint: $(VENV)/installed
