@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from megatron_hybrid.ops import activation, attention, attention_blocked, conv1d, cross_entropy, linear, norm, ssd, ssd_chunked
+from megatron_hybrid.ops import (
+    activation,
+    attention,
+    attention_blocked,
+    conv1d,
+    cross_entropy,
+    distillation,
+    linear,
+    norm,
+    ssd,
+    ssd_chunked,
+)
 
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable]] = MappingProxyType(
     {
@@ -24,6 +35,10 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable]] = MappingProxyType(
         "linear_cross_entropy": {
             "reference": cross_entropy.linear_cross_entropy_reference,
             "cpu": cross_entropy.linear_cross_entropy,
+        },
+        "linear_kl_divergence": {
+            "reference": distillation.linear_kl_divergence_reference,
+            "cpu": distillation.linear_kl_divergence,
         },
     }
 )

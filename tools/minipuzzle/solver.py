@@ -81,7 +81,7 @@ def _solve_widths(
         for width in (ffn_choices(parent, search) if kind == MLP else (0,))
     ]
     program = pulp.LpProblem("minipuzzle", pulp.LpMaximize)
-    variables = [pulp.LpVariable(f"layer_{choice.layer}_{choice.width}", cat="Binary") for choice in choices]
+    variables = [program.add_variable(f"layer_{choice.layer}_{choice.width}", cat="Binary") for choice in choices]
     # Scaled, because a solver's tolerances are absolute.
     scale = 1.0 / max(sum(scores.layer_mse), 1e-300)
     program += pulp.lpSum(scale * choice.gain * variable for choice, variable in zip(choices, variables, strict=True))
