@@ -39,6 +39,12 @@ class Candidate:
         return ModelConfig.model_validate(parent.model_dump() | changes)
 
     @property
+    def num_absent_parameters(self) -> int:
+        """Zeros that fill its MLP layers up to the widest."""
+        widest = max(self.ffn_hidden_sizes, default=0)
+        return 2 * self.hidden_size * sum(widest - width for width in self.ffn_hidden_sizes)
+
+    @property
     def name(self) -> str:
         """A name that no other candidate has."""
         digest = hashlib.blake2b(json.dumps(asdict(self)).encode(), digest_size=4).hexdigest()

@@ -77,6 +77,7 @@ def measure_scores(run: RunConfig, substrate: Substrate, parent: Parent) -> Scor
         neurons=neurons,
         mamba=mamba,
         hidden=hidden,
+        options=options.model_dump(mode="json"),
     )
     check_scores(scores, str(parent.weights))
     return scores

@@ -38,6 +38,8 @@ class Scores:
     """Mamba layer -> [heads, head_dim]: the same of the x part of in_proj's output."""
     hidden: np.ndarray | None = None
     """[hidden_size]: the same of every norm's output, summed over the layers."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """How they were made: the options of the score stage."""
 
     @property
     def kinds(self) -> str:
@@ -59,7 +61,7 @@ def save_scores(scores: Scores, file: Path) -> None:
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(values, dtype=np.float64) for name, values in vectors.items()}, vectors_path(file))
-    write_json(file, {"checkpoint": scores.checkpoint, "model": scores.model, "layers": layers})
+    write_json(file, {"checkpoint": scores.checkpoint, "options": scores.options, "model": scores.model, "layers": layers})
 
 
 def load_scores(file: Path) -> Scores:
@@ -82,6 +84,7 @@ def load_scores(file: Path) -> Scores:
             neurons={int(name[8:]): values for name, values in vectors.items() if name.startswith("neurons.")},
             mamba={int(name[6:]): values for name, values in vectors.items() if name.startswith("mamba.")},
             hidden=vectors.get("hidden"),
+            options=content["options"],
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} and {vectors_path(file).name} are no scores ({type(error).__name__}: {error}); score anew") from error
