@@ -66,10 +66,9 @@ def _prune(config: MiniPuzzleConfig) -> int:
 
 
 def _distill(config: MiniPuzzleConfig) -> int:
-    from tools.minipuzzle.parent import find_parent
-    from tools.minipuzzle.run import distill_all
+    from tools.minipuzzle.run import distill
 
-    return next((code for code in distill_all(find_parent(config)) if code), ExitCode.FINISHED)
+    return distill(config)
 
 
 def _run(config: MiniPuzzleConfig) -> int:

@@ -40,7 +40,8 @@ def write_report(parent: Parent) -> Path:
     scores, listed, results = scores_for(parent, files), load_candidates(files, parent.model), load_results(files)
     pictures = files.work_dir / "report"
     pictures.mkdir(parents=True, exist_ok=True)
-    shown = [each for each in listed if each.chosen or each.is_exact] or listed[:3]
+    best = [each for each in listed if each.chosen] or listed[:3]
+    shown = [*best, *(each for each in listed if each.is_exact and each not in best)]
     body = [f"<h1>{html.escape(parent.config.parent)}</h1>"]
     if scores.checkpoint == SYNTHETIC:
         body.append('<p class="note">No weights, no scores: the importance is made up. Counts, patterns and memory are not.</p>')
@@ -102,7 +103,7 @@ def draw_candidates(listed: Sequence[Listed], limit_gib: float | None) -> Figure
         axes.tick_params(axis="x", labelrotation=30)
         axes.grid(alpha=0.3)
         if place == 1:
-            axes.legend(frameon=False)
+            axes.legend(loc="upper right")
     return figure
 
 

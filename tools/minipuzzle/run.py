@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.exit_codes import ExitCode
@@ -29,14 +30,36 @@ def run(config: MiniPuzzleConfig) -> int:
     Raises:
         ValueError: something does not fit; nothing was lost.
     """
-    if place_from_environment(os.environ).launcher != "plain":
-        raise ValueError("run starts the ranks of its stages itself; under torchrun or srun call score, search and distill one by one")
+    if is_launched():
+        raise ValueError(
+            "run starts the ranks of its stages itself; under torchrun or srun call score, search and distill (prune and report need no "
+            "ranks), each again until it has nothing left to do"
+        )
     parent = find_parent(config)
     distill_options(parent)
-    for code in _stages(parent):
-        if code != ExitCode.FINISHED:
+    return next((code for code in _stages(parent) if code), ExitCode.FINISHED)
+
+
+def distill(config: MiniPuzzleConfig) -> int:
+    """Run what is left of the distillation stage; return the exit code.
+
+    Ranks that torchrun or srun started meet once: there, one training or measurement is done, and the same command does the next.
+
+    Raises:
+        ValueError: something does not fit; nothing was lost.
+    """
+    for code in distill_all(find_parent(config)):
+        if code:
             return code
+        if is_launched() and code is not None:
+            print("done; start again for what comes next", flush=True)
+            return ExitCode.FINISHED
     return ExitCode.FINISHED
+
+
+def is_launched() -> bool:
+    """Whether torchrun or srun started this process as one of several ranks."""
+    return place_from_environment(os.environ).launcher != "plain"
 
 
 def prune_chosen(parent: Parent) -> list[Listed]:
@@ -72,12 +95,11 @@ def chosen_candidates(parent: Parent) -> list[Listed]:
     return chosen
 
 
-def distill_all(parent: Parent) -> Iterator[int]:
-    """Short runs, the choice of the winner, its long run and the baselines; yield each stage's exit code."""
+def distill_all(parent: Parent) -> Iterator[int | None]:
+    """Short runs, the choice of the winner, its long run and the baselines; yield each one's exit code, None where it was done already."""
     files, chosen = WorkFiles(parent.config.work_dir), chosen_candidates(parent)
     for number, each in enumerate(chosen, start=1):
-        print(f"\nshort distillation {number} of {len(chosen)}: {each.candidate.name}", flush=True)
-        yield _train(parent, each, "short")
+        yield _train(parent, each, "short", f"short distillation {number} of {len(chosen)}")
     yield _measure(parent, chosen, ["short"])
     results = load_results(files)
     shorts = [each for each in results.models if each.kind == "short" and each.name in {one.candidate.name for one in chosen}]
@@ -85,17 +107,17 @@ def distill_all(parent: Parent) -> Iterator[int]:
         (lambda each: each.loss) if parent.config.search.rank_by == "loss" else lambda each: -getattr(each, parent.config.search.rank_by)
     )
     results.winner = min(shorts, key=better).name
-    save_results(results, files)
+    if place_from_environment(os.environ).rank == 0:
+        save_results(results, files)
     winner = next(each for each in chosen if each.candidate.name == results.winner)
     kinds: list[Kind] = ["long"]
     kinds += [kind for kind in ("finetune", "scratch") if getattr(parent.config.baselines, kind)]
     for kind in kinds:
-        print(f"\n{kind}: {winner.candidate.name}", flush=True)
-        yield _train(parent, winner, kind)
+        yield _train(parent, winner, kind, kind)
     yield _measure(parent, [winner], kinds)
 
 
-def _stages(parent: Parent) -> Iterator[int]:
+def _stages(parent: Parent) -> Iterator[int | None]:
     config, files = parent.config, WorkFiles(parent.config.work_dir)
     if not _is_done(files.scores, config.score.model_dump(mode="json")):
         print("score", flush=True)
@@ -117,21 +139,22 @@ def _stages(parent: Parent) -> Iterator[int]:
     print("\n" + "\n".join([*summarise(load_results(files)), str(page)]), flush=True)
 
 
-def _is_done(file: object, options: dict) -> bool:
+def _is_done(file: Path, options: dict) -> bool:
     return file.exists() and read_json(file, "remove it and run again").get("options") == options
 
 
-def _train(parent: Parent, each: Listed, kind: Kind) -> int:
+def _train(parent: Parent, each: Listed, kind: Kind, title: str) -> int | None:
     """One training, unless its last checkpoint is there: a finished run need not start ranks to find out."""
-    run_of = training_run(parent, each.candidate, kind)
     from megatron_hybrid.checkpoint.store import complete_steps
 
+    run_of = training_run(parent, each.candidate, kind)
     if run_of.train.steps in complete_steps(run_of.run_dir / CHECKPOINTS_NAME):
-        return ExitCode.FINISHED
+        return None
+    print(f"\n{title}: {each.candidate.name}, {run_of.total_tokens:,} tokens", flush=True)
     return train_candidate(parent, each.candidate, kind)
 
 
-def _measure(parent: Parent, listed: list[Listed], kinds: list[Kind]) -> int:
+def _measure(parent: Parent, listed: list[Listed], kinds: list[Kind]) -> int | None:
     """Pruned models, or trainings of them, on held-out text."""
     files, subjects = WorkFiles(parent.config.work_dir), []
     for each in listed:

@@ -75,7 +75,7 @@ def time_decoding(runs: Mapping[str, RunConfig], substrate: Substrate, setting: 
         if substrate.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(substrate.device)
-        model = _random_model(run, substrate)
+        model = random_model(run, substrate)
         decoder = Decoder(model, batch_size=setting.batch_size, max_length=setting.context_tokens)
         _fill(decoder.caches)
         tokens_BL = torch.zeros(setting.batch_size, 1, dtype=torch.int64, device=substrate.device)
@@ -105,7 +105,8 @@ def _device_name(substrate: Substrate) -> str:
     return torch.cuda.get_device_name(substrate.device) if substrate.device.type == "cuda" else "cpu"
 
 
-def _random_model(run: RunConfig, substrate: Substrate) -> HybridModel:
+def random_model(run: RunConfig, substrate: Substrate) -> HybridModel:
+    """Return a whole model on this rank with random weights, for timing."""
     model = HybridModel(
         run.model,
         build_transformer_config(run, substrate),
@@ -115,8 +116,9 @@ def _random_model(run: RunConfig, substrate: Substrate) -> HybridModel:
         is_last_stage=True,
     )
     model.to(substrate.device).eval()
-    for parameter in model.parameters():
-        parameter.normal_(0.0, 0.01)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.01)
     return model
 
 
@@ -128,7 +130,7 @@ def _fill(caches: Iterable[object]) -> None:
 
 def _measure_layers(run: RunConfig, substrate: Substrate, setting: LatencyConfig) -> tuple[float, dict[str, float]]:
     """Milliseconds of what is not in the layers, and of one layer of each kind."""
-    model = _random_model(run, substrate)
+    model = random_model(run, substrate)
     caches = [new_cache(layer, setting.batch_size, setting.context_tokens) for layer in model.decoder.layers]
     _fill(caches)
     tokens_BL = torch.zeros(setting.batch_size, 1, dtype=torch.int64, device=substrate.device)
