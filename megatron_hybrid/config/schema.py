@@ -305,8 +305,9 @@ class Fp8Config(Section):
     """First layers of the whole pattern that stay in the working precision; every character of the pattern counts."""
     bf16_layers_at_end: int = Field(0, ge=0)
     """Last layers of the whole pattern that stay in the working precision."""
-    implementation: Literal["auto", "emulated", "scaled_mm"] = "auto"
-    """emulated: fp32 products of float8 numbers, on any device. scaled_mm: float8 tensor cores. auto: the first on a CPU only."""
+    implementation: Literal["auto", "emulated", "scaled_mm", "transformer_engine"] = "auto"
+    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, transformer_engine: float8 tensor cores through torch or through
+    Transformer Engine. auto: emulated on a CPU, on a GPU Transformer Engine where it is installed."""
     telemetry_every_steps: int | None = Field(None, gt=0)
     """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none."""
     shadow_every_steps: int | None = Field(None, gt=0)
@@ -362,6 +363,29 @@ class LoggingConfig(Section):
     """Peak TFLOP/s of one device, for MFU. Unset: known GPUs from a table, none on a CPU."""
 
 
+class KernelsConfig(Section):
+    """Which implementation of each operation a run uses (docs/kernels.md). auto: the fastest there is for the device and precision."""
+
+    ssd: Literal["auto", "reference", "cpu"] = "auto"
+    """The Mamba-2 scan."""
+    causal_conv1d: Literal["auto", "reference", "cpu"] = "auto"
+    """The convolution in front of it."""
+    gated_rms_norm: Literal["auto", "reference", "cpu"] = "auto"
+    """The gated norm behind it."""
+    rms_norm: Literal["auto", "reference", "cpu"] = "auto"
+    """The norm in front of every layer."""
+    squared_relu: Literal["auto", "reference", "cpu"] = "auto"
+    """The MLP's activation."""
+    linear: Literal["auto", "reference", "cpu", "cublas"] = "auto"
+    """Products of the layers' linears in the working precision; cublas adds weight gradients in fp32 within the product."""
+    attention: Literal["auto", "reference", "cpu", "sdpa", "cudnn"] = "auto"
+    """Causal attention."""
+    embedding: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Token lookup."""
+    linear_cross_entropy: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Output layer and loss in one."""
+
+
 class RuntimeConfig(Section):
     """Where the run executes."""
 
@@ -371,6 +395,8 @@ class RuntimeConfig(Section):
     """Longest wait in a collective before the run is ended with an error; for the first meeting of the ranks at most 300 s of it."""
     threads_per_rank: int | None = Field(None, gt=0)
     """CPU threads of one rank. Unset: the host's cores shared among its ranks."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Launch a micro-batch's forward and backward as one CUDA graph. auto: on a GPU, where the layout lets it (docs/kernels.md)."""
     deterministic: bool = True
     """Use only deterministic algorithms, so that a resumed run repeats bit for bit."""
 
@@ -392,6 +418,7 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    kernels: KernelsConfig = KernelsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property

@@ -93,10 +93,11 @@ def _saved_architecture(checkpoint: Path, configured: ModelConfig) -> ModelConfi
 
 def _load_model(run: RunConfig, checkpoint: Path, substrate: Substrate) -> HybridModel:
     """Make the whole model on this rank and read its weights, and nothing else of the training state."""
+    config = build_transformer_config(run, substrate)
     model = HybridModel(
         run.model,
-        build_transformer_config(run, substrate),
-        ops_for(substrate.device, chunk_length=run.model.mamba_chunk_size),
+        config,
+        ops_for(substrate.device, config.params_dtype, choices=run.kernels, chunk_length=run.model.mamba_chunk_size),
         layer_range=(0, run.model.num_layers),
         is_first_stage=True,
         is_last_stage=True,

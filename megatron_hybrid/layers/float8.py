@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_hybrid.config import Fp8Config
+from megatron_hybrid.fp8.backends import choose_implementation, make_backend
 from megatron_hybrid.fp8.linear import Float8Linear
-from megatron_hybrid.fp8.products import IMPLEMENTATIONS, choose_implementation
 
 
 def use_float8(
@@ -25,9 +26,14 @@ def use_float8(
     Raises:
         ValueError: nothing implements float8 on the device.
     """
-    product = IMPLEMENTATIONS[choose_implementation(recipe.implementation, device)]
+    backend = make_backend(choose_implementation(recipe.implementation, device))
     for (name, layer), planned in zip(layers, plan, strict=True):
         linears = [(path, module) for path, module in layer.named_modules() if path.rpartition(".")[2] in planned]
         assert len(linears) == len(planned), (name, planned)
         for path, linear in linears:
-            linear.product = Float8Linear(f"{name}.{path}", recipe, product, linear.product)
+            linear.product = Float8Linear(f"{name}.{path}", recipe, backend, linear.product)
+
+
+def runs_in_float8(product: Callable[..., Tensor]) -> bool:
+    """Whether a linear's product is in float8 at present."""
+    return isinstance(product, Float8Linear) and product.enabled

@@ -44,8 +44,11 @@ class NormColumnParallelLinear(torch.nn.Module):
 
     def forward(self, hidden_LBD: Tensor) -> Tensor:
         """Map [L or L/tp, B, input_size] to [L, B, output_size / tp]."""
-        normed_LBD = self.rms_norm(hidden_LBD, self.layer_norm_weight, self.eps)
-        return self.product(whole_sequence(normed_LBD, self.sequence_parallel), self.weight)
+        return self.product(self.normed(hidden_LBD), self.weight)
+
+    def normed(self, hidden_LBD: Tensor) -> Tensor:
+        """What the product is of: the norm, over the whole sequence, [L, B, input_size]."""
+        return whole_sequence(self.rms_norm(hidden_LBD, self.layer_norm_weight, self.eps), self.sequence_parallel)
 
 
 class ResidualRowParallelLinear(torch.nn.Module):
@@ -65,7 +68,10 @@ class ResidualRowParallelLinear(torch.nn.Module):
 
     def forward(self, input_LBC: Tensor) -> Tensor:
         """Map [L, B, input_size / tp] to [L or L/tp, B, output_size], summed over the tensor ranks."""
-        partial_LBD = self.product(input_LBC, self.weight)
+        return self.summed(self.product(input_LBC, self.weight))
+
+    def summed(self, partial_LBD: Tensor) -> Tensor:
+        """The ranks' products added up, [L or L/tp, B, output_size]."""
         group = get_tensor_model_parallel_group()
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial_LBD, group=group)

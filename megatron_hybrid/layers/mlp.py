@@ -7,6 +7,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.fp8.mlp import float8_mlp
+from megatron_hybrid.layers.float8 import runs_in_float8
 from megatron_hybrid.layers.linear import NormColumnParallelLinear, ResidualRowParallelLinear
 from megatron_hybrid.layers.recompute import recompute_between
 from megatron_hybrid.layers.sequence import Sequence
@@ -36,7 +38,15 @@ class Mlp(torch.nn.Module):
 
     def forward(self, hidden_LBD: Tensor) -> Tensor:
         """Map [L or L/tp, B, D] to the same shape, summed over the tensor ranks."""
-        inner_LBF = self.linear_fc1(hidden_LBD)
-        if not (self.recompute_core and self.training):
-            return self.linear_fc2(self.squared_relu(inner_LBF))
-        return recompute_between(self.squared_relu, self.linear_fc2, inner_LBF)
+        return self.linear_fc2.summed(self._core(self.linear_fc1.normed(hidden_LBD)))
+
+    def _core(self, normed_LBD: Tensor) -> Tensor:
+        """What happens between the ranks' exchanges: [L, B, D] to this rank's summand of the result."""
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        recompute = self.recompute_core and self.training
+        if runs_in_float8(fc1.product) and runs_in_float8(fc2.product):
+            return float8_mlp(normed_LBD, fc1.weight, fc2.weight, fc1.product, fc2.product, recompute=recompute)
+        inner_LBF = fc1.product(normed_LBD, fc1.weight)
+        if not recompute:
+            return fc2.product(self.squared_relu(inner_LBF), fc2.weight)
+        return recompute_between(self.squared_relu, lambda activated_LBF: fc2.product(activated_LBF, fc2.weight), inner_LBF)

@@ -1,10 +1,11 @@
-"""Which implementation of each op the layers use on this host."""
+"""Which implementation of each operation the layers use on this host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -23,32 +24,65 @@ class Ops:
     squared_relu: Callable
     linear: Callable
     attention: Callable
+    embedding: Callable
     linear_cross_entropy: Callable
     apply_rope: Callable = apply_rope
 
 
-def ops_for(device: torch.device, *, chunk_length: int | None = None) -> Ops:
-    """The fastest implementation of every operation that runs on ``device``.
-
-    The versions named "cpu" are made of torch operations and run anywhere; attention alone has a better one elsewhere.
-    """
-    ops = select_ops("cpu", chunk_length=chunk_length)
-    return ops if device.type == "cpu" else replace(ops, attention=select("attention", "sdpa"))
+OPERATIONS = tuple(field.name for field in fields(Ops) if field.name != "apply_rope")
+"""The operations that have more than one implementation."""
 
 
-def select_ops(implementation: str, *, chunk_length: int | None = None) -> Ops:
-    """Take every operation in the named implementation.
+class Choices(Protocol):
+    """What the user asks for, one attribute per operation, named as in ``KernelsConfig``; "auto" leaves it to the host."""
+
+
+def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Choices | None = None) -> dict[str, str]:
+    """The implementation of every operation: what is asked for, or else the fastest that runs on ``device`` in ``dtype``."""
+    chosen = {name: "cpu" for name in OPERATIONS}
+    if device.type == "cuda":
+        # Versions named "cpu" are made of torch operations and run anywhere; these are what a GPU has better.
+        chosen |= {"linear": "cublas", "embedding": "triton", "linear_cross_entropy": "triton"}
+        # cuDNN's attention takes 16-bit numbers alone, and its backward adds in no fixed order.
+        chosen["attention"] = "cudnn" if dtype == torch.bfloat16 and not torch.are_deterministic_algorithms_enabled() else "sdpa"
+    asked = {} if choices is None else {name: getattr(choices, name) for name in OPERATIONS}
+    return chosen | {name: implementation for name, implementation in asked.items() if implementation != "auto"}
+
+
+def make_ops(implementations: Mapping[str, str], *, chunk_length: int | None = None) -> Ops:
+    """Take every operation in the implementation named for it.
 
     Args:
-        implementation: "reference" for the plain-torch specifications, "cpu" for the fast versions built of torch operations, which run on
-            any device.
+        implementations: operation -> name of one of its implementations, for all of ``OPERATIONS``.
         chunk_length: positions per chunk of the scan; None leaves it to the implementation. The reference has no chunks.
 
     Raises:
-        ValueError: the name is unknown; the message lists those there are.
+        ValueError: a name is unknown, or the host lacks a package it needs; the message lists what there is.
     """
-    names = [field.name for field in fields(Ops) if field.name != "apply_rope"]
-    ops = Ops(**{name: select(name, implementation) for name in names})
-    if chunk_length is None or implementation == "reference":
+    ops = Ops(**{name: select(name, implementations[name]) for name in OPERATIONS})
+    if chunk_length is None or implementations["ssd"] == "reference":
         return ops
     return replace(ops, ssd=partial(ops.ssd, chunk_length=chunk_length))
+
+
+def ops_for(device: torch.device, dtype: torch.dtype, *, choices: Choices | None = None, chunk_length: int | None = None) -> Ops:
+    """The operations for a device, by ``choose_implementations`` and ``make_ops``."""
+    return make_ops(choose_implementations(device, dtype, choices), chunk_length=chunk_length)
+
+
+def select_ops(implementation: str, *, chunk_length: int | None = None) -> Ops:
+    """Every operation in the same implementation: "reference" for the specifications, "cpu" for the versions made of torch operations,
+    which run on any device."""
+    return make_ops(dict.fromkeys(OPERATIONS, implementation), chunk_length=chunk_length)
+
+
+def describe_implementations(implementations: Mapping[str, str]) -> str:
+    """One line for people: implementation by implementation, the operations it runs.
+
+    >>> describe_implementations({"ssd": "triton", "attention": "cudnn", "rms_norm": "triton"})
+    'cudnn: attention; triton: rms_norm, ssd'
+    """
+    by_name: dict[str, list[str]] = {}
+    for operation, name in sorted(implementations.items()):
+        by_name.setdefault(name, []).append(operation)
+    return "; ".join(f"{name}: {', '.join(operations)}" for name, operations in sorted(by_name.items()))

@@ -21,7 +21,7 @@ def build_chunks(run: RunConfig, config: TransformerConfig, substrate: Substrate
     """
     stages = plan_stages(run.model, run.parallel, run.data.sequence_length)
     own = range(substrate.pipeline_rank, len(stages), run.parallel.pipeline)
-    ops = ops_for(substrate.device, chunk_length=run.model.mamba_chunk_size)
+    ops = ops_for(substrate.device, config.params_dtype, choices=run.kernels, chunk_length=run.model.mamba_chunk_size)
     chunks = []
     for virtual_stage in own:
         chunk = HybridModel(

@@ -45,7 +45,7 @@ class HybridModel(MegatronModule):
         self.input_tensor: Tensor | None = None
         self.pre_process, self.post_process = is_first_stage, is_last_stage
         if is_first_stage:
-            self.embedding = Embedding(model, config)
+            self.embedding = Embedding(model, config, ops)
         self.decoder = HybridStack(model, config, ops, layer_range=layer_range, recompute=recompute, has_final_norm=is_last_stage)
         if is_last_stage:
             self.output_layer = OutputLayer(model, config, ops)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -17,24 +21,36 @@ from megatron_hybrid.layers.specs import Ops
 class Embedding(torch.nn.Module):
     """Vocabulary-parallel token embedding; scatters its output along the sequence under sequence parallelism."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, ops: Ops) -> None:
         super().__init__()
         self.sequence_parallel = config.sequence_parallel
-        self.word_embeddings = VocabParallelEmbedding(
-            model.padded_vocab_size,
-            model.hidden_size,
-            init_method=config.init_method,
-            reduce_scatter_embeddings=config.sequence_parallel,
-            config=config,
-        )
-        weight = self.word_embeddings.weight
-        declare(weight, initializer=normal(model.init_std), tensor_ranks=config.tensor_model_parallel_size, axis=0)
-        weight.is_embedding_or_output_parameter = True
+        self.word_embeddings = EmbeddingTable(model, config, ops)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Map [B, L] token ids to [L or L/tp, B, D]."""
-        embedded = self.word_embeddings(tokens_BL)
-        return embedded if self.sequence_parallel else embedded.transpose(0, 1).contiguous()
+        partial_LBD = self.word_embeddings(tokens_BL).transpose(0, 1).contiguous()
+        group = get_tensor_model_parallel_group()
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial_LBD, group=group)
+        return reduce_from_tensor_model_parallel_region(partial_LBD, group=group)
+
+
+class EmbeddingTable(torch.nn.Module):
+    """This rank's rows of the table."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.embedding = ops.embedding
+        tensor_ranks = config.tensor_model_parallel_size
+        num_rows = model.padded_vocab_size // tensor_ranks
+        self.first_row = get_tensor_model_parallel_group().rank() * num_rows
+        self.weight = torch.nn.Parameter(torch.empty(num_rows, model.hidden_size, dtype=config.params_dtype))
+        declare(self.weight, initializer=normal(model.init_std), tensor_ranks=tensor_ranks, axis=0)
+        self.weight.is_embedding_or_output_parameter = True
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Map [B, L] token ids to [B, L, D], zero where the token is another rank's."""
+        return self.embedding(self.weight, tokens_BL, self.first_row)
 
 
 class OutputLayer(torch.nn.Module):

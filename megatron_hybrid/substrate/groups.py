@@ -44,6 +44,8 @@ def initialize(config: RunConfig, place: Place | None = None, store: dist.Store 
     torch.set_num_threads(num_threads)
     if backend == "nccl":
         torch.cuda.set_device(device)
+        # Not the default stream, which cannot be captured as a graph: what autograd runs in backward runs on the stream it was made on.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     set_deterministic(config.runtime.deterministic)
     try:
         control_group = _build_groups(config, place, store, backend, device)

@@ -13,9 +13,8 @@ from megatron_hybrid.substrate.context import Substrate
 def build_transformer_config(config: RunConfig, substrate: Substrate) -> TransformerConfig:
     """Return the settings of one rank.
 
-    Two of them guard against megatron-core: interleaved stages need unbatched, overlapped point-to-point transfers, since with
-    batched ones at two pipeline ranks its losses are silently wrong (its own trainer refuses them, the core does not); and its
-    initialisation is replaced by NaN, because ours, which no layout changes, must reach every parameter. Recomputation is the
+    One of them guards against megatron-core: interleaved stages need unbatched, overlapped point-to-point transfers, since with batched
+    ones at two pipeline ranks its losses are silently wrong (its own trainer refuses them, the core does not). Recomputation is the
     HybridStack's, so megatron-core is not told of it.
     """
     model, parallel = config.model, config.parallel
@@ -43,10 +42,6 @@ def build_transformer_config(config: RunConfig, substrate: Substrate) -> Transfo
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Initialisation; the calls also mark the split parameters, so they cannot simply be switched off
-        init_method=fill_with_nan,
-        output_layer_init_method=fill_with_nan,
-        embedding_init_method=fill_with_nan,
         init_method_std=model.init_std,
         # The loss is a sum over tokens, divided once by the tokens of the whole step, so that no cut of the batch changes it
         calculate_per_token_loss=True,
@@ -70,8 +65,3 @@ def build_transformer_config(config: RunConfig, substrate: Substrate) -> Transfo
         transformer_impl="local",
         cuda_graph_scope=[],
     )
-
-
-def fill_with_nan(weight: torch.Tensor) -> None:
-    """Mark a weight as not yet initialised, in place: a parameter that our initialisation misses shows at the first loss."""
-    torch.nn.init.constant_(weight, float("nan"))

@@ -35,7 +35,7 @@ def load_frozen_chunks(run: RunConfig, checkpoint: Path, config: TransformerConf
         chunk = HybridModel(
             run.model,
             config,
-            ops_for(substrate.device, chunk_length=run.model.mamba_chunk_size),
+            ops_for(substrate.device, config.params_dtype, choices=run.kernels, chunk_length=run.model.mamba_chunk_size),
             layer_range=stages[virtual_stage],
             is_first_stage=virtual_stage == 0,
             is_last_stage=virtual_stage == len(stages) - 1,

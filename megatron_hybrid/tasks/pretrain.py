@@ -29,6 +29,7 @@ class Pretraining:
     """
 
     metric_names = ("loss",)
+    is_capturable = True
 
     def __init__(self, run: RunConfig, config: TransformerConfig, substrate: Substrate) -> None:
         self.run, self.config, self.substrate = run, config, substrate

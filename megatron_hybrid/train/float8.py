@@ -5,13 +5,13 @@ Everything here does nothing at all for a run whose linears are not in float8.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.parallel_state import get_amax_reduction_group
 
 from megatron_hybrid.checkpoint.agreement import gather
@@ -29,19 +29,34 @@ def float8_linears(chunks: Sequence[torch.nn.Module]) -> list[Float8Linear]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Float8Linear)]
 
 
-def gradient_finisher(chunks: Sequence[torch.nn.Module]) -> Callable[..., None]:
-    """What megatron-core's schedules call once per optimizer step, after the last backward pass.
+@contextlib.contextmanager
+def held_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Cast every float8 weight once, and use these casts within: over the micro-batches of a step the weights stay what they are."""
+    owners = [module for chunk in chunks for module in chunk.modules() if isinstance(getattr(module, "product", None), Float8Linear)]
+    for owner in owners:
+        owner.product.hold_weight(owner.weight)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner.product.release_weight()
 
-    It finishes the gradients, and then makes the next step's scales.
-    """
+
+def is_observed(chunks: Sequence[torch.nn.Module]) -> bool:
+    """Whether statistics of the casts are being gathered."""
+    return any(linear.statistics_RS is not None for linear in float8_linears(chunks))
+
+
+def with_scale_update(finish_gradients: Callable[..., None], chunks: Sequence[torch.nn.Module]) -> Callable[..., None]:
+    """What finishes a step's gradients, and then makes the next step's scales."""
     delayed = [linear for linear in float8_linears(chunks) if linear.recipe.recipe == "delayed"]
     if not delayed:
-        return finalize_model_grads
+        return finish_gradients
     state = ScalingState(delayed)
     group = get_amax_reduction_group(tp_only_amax_red=state.delayed.reduction == "tensor")
 
     def finish(*arguments: Any, **options: Any) -> None:
-        finalize_model_grads(*arguments, **options)
+        finish_gradients(*arguments, **options)
         state.finish_step(group)
 
     return finish
@@ -88,9 +103,10 @@ class ScalingCheckpoint:
         """Take over what was loaded."""
         section = loaded.get("fp8", {})
         for linear in self.linears:
-            for key, live in _tensors(linear).items():
-                if key in section:
-                    live.copy_(section[key].view_as(live))
+            history, scale = (section.get(key) for key in _tensors(linear))
+            if history is not None:
+                linear.amax_history_RH.copy_(history.view_as(linear.amax_history_RH))
+                linear.set_scales(scale.view_as(linear.scale_R))
 
     def _usable(self, saved: dict[str, Any] | None) -> tuple[set[str], list[str]]:
         """Names of the linears whose saved state fits, and what to say about the rest."""

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     USING_PYTORCH_OPTIMIZER,
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig as CoreOptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
+)
+from megatron.core.parallel_state import (
+    get_data_parallel_group,
+    get_pipeline_model_parallel_group,
+    get_pipeline_model_parallel_last_rank,
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
@@ -58,13 +66,69 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        use_precision_aware_optimizer=_keeps_remainders(run, chunks),
     )
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=get_standard_config_overrides(config))
     for part in optimizer.chained_optimizers:
         mend(part)
         if USING_PYTORCH_OPTIMIZER:
             _allocate_state(part.optimizer)
+    if config.use_precision_aware_optimizer:
+        optimizer.__class__ = ScalingOptimizer
+        optimizer.use_remainders()
     return optimizer
+
+
+def _keeps_remainders(run: RunConfig, chunks: list[DistributedDataParallel]) -> bool:
+    """Whether a bf16 weight and 16 bits stand for its fp32 master: on GPUs, in megatron-core's distributed optimizer.
+
+    megatron-core lets an optimizer keep masters only where Transformer Engine is installed.
+    """
+    on_cuda = next(chunks[0].parameters()).is_cuda
+    return on_cuda and not USING_PYTORCH_OPTIMIZER and run.train.precision == "bf16" and run.parallel.distributed_optimizer
+
+
+class ScalingOptimizer(ChainedOptimizer):
+    """Divides gradients by the step's tokens and clips them within the update, instead of in two passes over all gradients."""
+
+    num_tokens: torch.Tensor | None = None
+    """Tokens that the gradients are still to be divided by, over all ranks."""
+
+    def use_remainders(self) -> None:
+        """Put ``RemainderAdamW`` in the place of the AdamW that megatron-core made, which holds no state yet."""
+        from megatron_hybrid.train.adamw import RemainderAdamW
+
+        for part in self.chained_optimizers:
+            part.optimizer = RemainderAdamW(part.optimizer.param_groups)
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float, None]:
+        """Update the weights, unless the gradient is not finite; returns whether, and the norm before clipping."""
+        self.prepare_grads()
+        per_token = 1.0 if self.num_tokens is None else 1.0 / max(float(self.num_tokens), 1.0)
+        grad_norm = float(self.get_grad_norm()) * per_token
+        if not math.isfinite(grad_norm):
+            return False, grad_norm, None
+        factor = per_token * min(1.0, self.config.clip_grad / (grad_norm + 1.0e-6))
+        for part in self.chained_optimizers:
+            part.optimizer.gradient_factor = factor
+        return self.step_with_ready_grads(), grad_norm, None
+
+
+def gradient_finisher(optimizer: MegatronOptimizer) -> Callable[..., None]:
+    """What megatron-core's schedules call once per optimizer step, after the last backward pass: reductions over the ranks, and division
+    by the tokens, unless the optimizer does that itself."""
+    if not isinstance(optimizer, ScalingOptimizer):
+        return finalize_model_grads
+
+    def finish(chunks: list[torch.nn.Module], num_tokens: torch.Tensor, **options: Any) -> None:
+        finalize_model_grads(chunks, None, **options)
+        # Only the last pipeline stage counts them.
+        torch.distributed.broadcast(num_tokens, get_pipeline_model_parallel_last_rank(), group=get_pipeline_model_parallel_group())
+        torch.distributed.all_reduce(num_tokens, group=get_data_parallel_group(with_context_parallel=True))
+        optimizer.num_tokens = num_tokens
+
+    return finish
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:

@@ -15,6 +15,7 @@ from torch import distributed
 from megatron_hybrid.data.hashing import combine_hashes
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import RunError
+from megatron_hybrid.train.graph import MicroBatchGraph
 from megatron_hybrid.train.task import Metrics, StepData, Task
 
 
@@ -35,9 +36,14 @@ class StepResult:
 
 
 def train_step(
-    task: Task, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, data: StepData, substrate: Substrate
+    task: Task,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    data: StepData,
+    substrate: Substrate,
+    graph: MicroBatchGraph | None = None,
 ) -> StepResult:
-    """Run forward and backward over the step's micro-batches and update the weights.
+    """Run forward and backward over the step's micro-batches, through ``graph`` where there is one, and update the weights.
 
     Raises:
         NonFiniteError: before the update if the loss is not finite, after it if only the gradient norm is not.
@@ -45,7 +51,8 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    metrics = _reduce(task, _run_schedule(task, chunks, data, forward_only=False), substrate)
+    per_micro_batch = _run_schedule(task, chunks, data, forward_only=False) if graph is None else graph.run(data)
+    metrics = _reduce(task, per_micro_batch, substrate)
     if not math.isfinite(metrics["loss"]):
         raise NonFiniteError(f"loss is {metrics['loss']}; the weights were not updated")
     _, grad_norm, _ = optimizer.step()

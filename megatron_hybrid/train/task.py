@@ -41,6 +41,8 @@ class Task(Protocol):
     """Every name in the metrics of a micro-batch, ``loss`` first; known on all ranks, the metrics only on the last stage."""
     micro_batch_shape: tuple[int, int]
     """(sequence length, samples) of a micro-batch, for the pipeline's buffers."""
+    is_capturable: bool
+    """Whether the forward step launches the same kernels on the same shapes for every micro-batch, and micro-batches are dataclasses."""
     flops_per_sample: float
     """Exact training FLOPs of one sample; 0 where unknown."""
 

@@ -26,9 +26,10 @@ from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.signals import StopRequest
 from megatron_hybrid.train.callback import Callback
-from megatron_hybrid.train.float8 import ScalingCheckpoint, gradient_finisher
+from megatron_hybrid.train.float8 import ScalingCheckpoint, held_weights, is_observed, with_scale_update
+from megatron_hybrid.train.graph import MicroBatchGraph, make_graph
 from megatron_hybrid.train.mended_optimizers import sharded_state
-from megatron_hybrid.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_hybrid.train.optimizer import build_optimizer, gradient_finisher, set_learning_rate, wrap_data_parallel
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedule import learning_rate
 from megatron_hybrid.train.step import NonFiniteError, StepResult, train_step
@@ -65,8 +66,10 @@ class Trainer:
             group=substrate.control_group,
         )
         self.saved_step: int | None = None
+        self.has_stepped = False
         connect_schedules(config, self.chunks, self.optimizer)
         self.scaling = ScalingCheckpoint(run.fp8, self.chunks, substrate)
+        self.graph = make_graph(run, task, self.chunks, substrate)
 
     @property
     def is_finished(self) -> bool:
@@ -153,12 +156,19 @@ class Trainer:
 
     def _step(self, step_data: StepData) -> StepResult:
         try:
-            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate)
+            # With overlapped gathers the weights of this step are there only once forward needs them.
+            with contextlib.nullcontext() if self.run.parallel.overlap_param_gather else held_weights(self.chunks):
+                return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, self._graph_of_step())
         except NonFiniteError as error:
             # Every rank is here; a save that is still being written is not given up.
             self.store.finish_pending(blocking=True)
             last = "there is no checkpoint yet" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
             raise NonFiniteError(f"step {self.state.step + 1}, samples from {self.state.samples}: {error}; {last}") from None
+
+    def _graph_of_step(self) -> MicroBatchGraph | None:
+        """The first step of a process compiles kernels, and a step that float8 is observed in launches others: both without the graph."""
+        is_first, self.has_stepped = not self.has_stepped, True
+        return None if is_first or is_observed(self.chunks) else self.graph
 
     def _should_leave(self, num_steps: int) -> bool:
         """Asked to by a signal to any rank, or after as many steps as this process was given."""
@@ -206,7 +216,7 @@ class Trainer:
 def connect_schedules(config: TransformerConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Tell megatron-core's schedules how to scale the loss, when to hold gradient reductions back, and how to finish gradients."""
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = gradient_finisher(chunks)
+    config.finalize_model_grads_func = with_scale_update(gradient_finisher(optimizer), chunks)
     if chunks[0].ddp_config.overlap_grad_reduce:
         holds = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = holds if len(holds) > 1 else holds[0]

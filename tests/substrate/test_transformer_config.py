@@ -58,9 +58,3 @@ def test_interleaving_never_uses_batched_transfers(
 
 def test_sequence_parallel(substrate: Substrate) -> None:
     assert build_transformer_config(small_run(parallel={"tensor": 2, "sequence_parallel": True}), substrate).sequence_parallel
-
-
-def test_a_parameter_that_is_not_initialised_is_nan(substrate: Substrate) -> None:
-    weight = torch.zeros(3)
-    build_transformer_config(small_run(), substrate).init_method(weight)
-    assert weight.isnan().all()

@@ -20,7 +20,7 @@ from megatron_hybrid.config import (
 )
 from megatron_hybrid.config.load import load_section
 from megatron_hybrid.config.quantities import TokenCount
-from megatron_hybrid.config.schema import Section
+from megatron_hybrid.config.schema import KernelsConfig, Section
 
 Axis = Literal["layers", "ffn", "mamba", "hidden"]
 
@@ -188,6 +188,7 @@ class MiniPuzzleConfig(Section):
     """Needed by distill and run."""
     baselines: BaselineConfig = BaselineConfig()
     logging: LoggingConfig = LoggingConfig()
+    kernels: KernelsConfig = KernelsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
 

@@ -21,7 +21,7 @@ from megatron_hybrid.data.loader import MicroBatch
 from megatron_hybrid.layers.mlp import MlpLayer
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.substrate.context import Substrate
-from tools.minipuzzle.forward import StageForward
+from tools.minipuzzle.forward import StageForward, activation_replaced
 from tools.minipuzzle.pruning import ABSENT, Selection
 
 _ROWS_PER_CHUNK = 512
@@ -124,22 +124,17 @@ def _count(
 @contextlib.contextmanager
 def _leaving_out(chunk: HybridModel, selection: Selection | None, substrate: Substrate) -> Iterator[None]:
     """Silence the neurons that a selection does not keep: without its activation a neuron is not there."""
-    handles = []
-    if selection is not None:
+    with contextlib.ExitStack() as stack:
         for number, layer in enumerate(chunk.decoder.layers, chunk.decoder.first_layer):
-            if isinstance(layer, MlpLayer) and number in selection.neurons:
-                handles.append(layer.mlp.linear_fc2.register_forward_pre_hook(_silence(layer, selection.neurons[number], substrate)))
-    try:
+            if selection is not None and isinstance(layer, MlpLayer) and number in selection.neurons:
+                stack.enter_context(activation_replaced(layer, _silence(layer, selection.neurons[number], substrate)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _silence(layer: MlpLayer, kept: np.ndarray, substrate: Substrate) -> Callable:
+def _silence(layer: MlpLayer, kept: np.ndarray, substrate: Substrate) -> Callable[[Tensor], Tensor]:
     weight = layer.mlp.linear_fc2.weight
     width = weight.shape[1]
     mask_F = torch.zeros(width * substrate.tensor_size, dtype=weight.dtype)
     mask_F[torch.from_numpy(kept[kept != ABSENT])] = 1
     own_F = mask_F[substrate.tensor_rank * width :][:width].to(weight.device)
-    return lambda module, inputs: (inputs[0] * own_F,)
+    return lambda activated_LBF: activated_LBF * own_F

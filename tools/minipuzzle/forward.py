@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.loader import BatchLoader, MicroBatch
 from megatron_hybrid.data.stream import SampleStream
+from megatron_hybrid.layers.mlp import MlpLayer
 from megatron_hybrid.layers.sequence import Sequence
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.substrate.context import Substrate
@@ -52,6 +54,20 @@ class StageForward:
         for tensor in hidden:
             dist.send(tensor.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=self.substrate.pipeline_group)
         return []
+
+
+@contextlib.contextmanager
+def activation_replaced(layer: MlpLayer, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass an MLP layer's activated neurons [L, B, F of this rank] through ``replace`` on their way to the second linear.
+
+    Through the activation itself: a layer need not call its linears as modules, where a hook would see it.
+    """
+    activate = layer.mlp.squared_relu
+    layer.mlp.squared_relu = lambda inner_LBF: replace(activate(inner_LBF))
+    try:
+        yield
+    finally:
+        layer.mlp.squared_relu = activate
 
 
 def read_micro_batches(stream: SampleStream, num_samples: int, run: RunConfig, substrate: Substrate) -> Iterator[MicroBatch]:

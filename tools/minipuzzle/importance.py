@@ -10,12 +10,14 @@ Neurons, heads and channels are scored by their activations: mean of absolute va
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from megatron_hybrid.checkpoint.agreement import gather
 from megatron_hybrid.data.loader import MicroBatch
@@ -25,7 +27,7 @@ from megatron_hybrid.layers.mlp import MlpLayer
 from megatron_hybrid.layers.norm import Norm
 from megatron_hybrid.substrate.context import Substrate
 from tools.minipuzzle.config import Axis
-from tools.minipuzzle.forward import StageForward
+from tools.minipuzzle.forward import StageForward, activation_replaced
 
 
 @torch.no_grad()
@@ -114,27 +116,29 @@ class _ActivationWatch:
     def __init__(self, stage: StageForward, axes: set[Axis]) -> None:
         self.counts: Tensor = torch.empty(0)
         self._sums: dict[tuple[str, int], Tensor] = {}
-        self._handles = []
+        self._exits = contextlib.ExitStack()
         decoder = stage.chunk.decoder
         for number, layer in enumerate(decoder.layers, decoder.first_layer):
             if "ffn" in axes and isinstance(layer, MlpLayer):
-                self._handles.append(layer.mlp.linear_fc2.register_forward_pre_hook(self._watch_neurons(number)))
+                self._exits.enter_context(activation_replaced(layer, self._watch_neurons(number)))
             if "mamba" in axes and isinstance(layer, MambaLayer):
-                self._handles.append(layer.mixer.in_proj.register_forward_hook(self._watch_heads(number, layer)))
+                self._watch(layer.register_forward_pre_hook(self._watch_heads(number)))
             if "hidden" in axes:
                 (linear,) = (module for module in layer.modules() if isinstance(module, NormColumnParallelLinear))
-                self._handles.append(linear.register_forward_pre_hook(self._watch_channels(number)))
+                self._watch(layer.register_forward_pre_hook(self._watch_channels(number, linear)))
         if "hidden" in axes and isinstance(decoder.final_norm, Norm):
-            self._handles.append(decoder.final_norm.register_forward_hook(self._watch_final(decoder.first_layer + len(decoder.layers))))
+            self._watch(decoder.final_norm.register_forward_hook(self._watch_final(decoder.first_layer + len(decoder.layers))))
 
     def close(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
+        self._exits.close()
 
     def energies(self) -> dict[tuple[str, int], np.ndarray]:
         """The sums so far."""
         return {place: total.cpu().numpy() for place, total in self._sums.items()}
+
+    def _watch(self, handle: RemovableHandle) -> None:
+        self._exits.callback(handle.remove)
 
     def _add(self, axis: str, layer: int, activation_LB: Tensor) -> None:
         """Take an activation [L, B, ...]."""
@@ -142,22 +146,26 @@ class _ActivationWatch:
         total = means_B[self.counts.to(means_B.device)].square().sum(0)
         self._sums[axis, layer] = self._sums.get((axis, layer), 0) + total
 
-    def _watch_neurons(self, layer: int) -> Callable:
-        return lambda module, inputs: self._add("neurons", layer, inputs[0])
+    def _watch_neurons(self, layer: int) -> Callable[[Tensor], Tensor]:
+        def watch(activated_LBF: Tensor) -> Tensor:
+            self._add("neurons", layer, activated_LBF)
+            return activated_LBF
 
-    def _watch_heads(self, number: int, layer: MambaLayer) -> Callable:
-        mixer = layer.mixer
-        inner = mixer.in_proj_sizes[0]
+        return watch
 
-        def hook(module: torch.nn.Module, inputs: tuple[Tensor], output_LBE: Tensor) -> None:
-            x_LBI = output_LBE[..., inner : 2 * inner]
+    def _watch_heads(self, number: int) -> Callable:
+        def hook(layer: MambaLayer, inputs: tuple[Tensor, ...]) -> None:
+            # Projected once more: what a mixer does with its input is its own affair.
+            mixer = layer.mixer
+            inner = mixer.in_proj_sizes[0]
+            x_LBI = mixer.in_proj(inputs[0])[..., inner : 2 * inner]
             self._add("mamba", number, x_LBI.unflatten(-1, (mixer.num_heads, mixer.head_dim)))
 
         return hook
 
-    def _watch_channels(self, layer: int) -> Callable:
-        def hook(module: NormColumnParallelLinear, inputs: tuple[Tensor]) -> None:
-            self._add("hidden", layer, module.rms_norm(inputs[0], module.layer_norm_weight, module.eps))
+    def _watch_channels(self, number: int, linear: NormColumnParallelLinear) -> Callable:
+        def hook(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._add("hidden", number, linear.rms_norm(inputs[0], linear.layer_norm_weight, linear.eps))
 
         return hook
 

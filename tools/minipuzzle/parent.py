@@ -123,6 +123,7 @@ class Parent:
             "train": config.batch.model_dump() | {"steps": steps},
             "validation": self.validation.model_dump(),
             "logging": config.logging.model_dump(),
+            "kernels": config.kernels.model_dump(),
             "runtime": config.runtime.model_dump(),
             **options,
         }

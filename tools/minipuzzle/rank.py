@@ -228,11 +228,11 @@ def _cut_child(parent: Parent, candidate: Candidate, source: Any, selection: Any
     from tools.minipuzzle.prune import PrunedSource
 
     run = parent.forward_run(parent.config.work_dir, candidate.model(parent.model))
-    stages = plan_stages(run.model, run.parallel, run.data.sequence_length)
+    stages, config = plan_stages(run.model, run.parallel, run.data.sequence_length), build_transformer_config(run, substrate)
     chunk = HybridModel(
         run.model,
-        build_transformer_config(run, substrate),
-        ops_for(substrate.device, chunk_length=run.model.mamba_chunk_size),
+        config,
+        ops_for(substrate.device, config.params_dtype, choices=run.kernels, chunk_length=run.model.mamba_chunk_size),
         layer_range=stages[substrate.pipeline_rank],
         is_first_stage=substrate.pipeline_rank == 0,
         is_last_stage=substrate.pipeline_rank == len(stages) - 1,

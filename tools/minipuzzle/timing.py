@@ -107,10 +107,11 @@ def _device_name(substrate: Substrate) -> str:
 
 def random_model(run: RunConfig, substrate: Substrate) -> HybridModel:
     """Return a whole model on this rank with random weights, for timing."""
+    config = build_transformer_config(run, substrate)
     model = HybridModel(
         run.model,
-        build_transformer_config(run, substrate),
-        ops_for(substrate.device),
+        config,
+        ops_for(substrate.device, config.params_dtype, choices=run.kernels),
         layer_range=(0, run.model.num_layers),
         is_first_stage=True,
         is_last_stage=True,

@@ -9,8 +9,8 @@ from megatron.core.parallel_state import get_tensor_and_data_parallel_group
 from torch import distributed
 
 from megatron_hybrid.config import RunConfig
+from megatron_hybrid.fp8.backends import choose_implementation
 from megatron_hybrid.fp8.linear import ROLES
-from megatron_hybrid.fp8.products import choose_implementation
 from megatron_hybrid.fp8.statistics import describe_statistics, reduce_statistics
 from megatron_hybrid.layout.float8 import DIMENSION_UNIT, LINEARS, plan_float8, unfit_linears
 from megatron_hybrid.train.callback import Callback

@@ -1,0 +1,34 @@
+"""Weight gradients added where the data-parallel wrapper keeps them: ``weight.main_grad``, fp32, over all micro-batches of a step.
+
+megatron-core's wrapper otherwise takes a bf16 gradient from autograd and adds it to main_grad in a pass of its own. Here the matrix product
+itself adds, in fp32, so that the bf16 rounding of each micro-batch's gradient falls away too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_main_grad(weight: Tensor) -> bool:
+    """Whether the data-parallel wrapper keeps a gradient buffer for this weight; outside training there is none."""
+    return getattr(weight, "main_grad", None) is not None
+
+
+def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor) -> None:
+    """Add ``dy.T @ x`` to ``weight.main_grad`` in one matrix product."""
+    main_grad_OI = weight_OI.main_grad
+    if dy_MO.dtype == main_grad_OI.dtype:
+        main_grad_OI.addmm_(dy_MO.t(), x_MI)
+    else:
+        torch.addmm(main_grad_OI, dy_MO.t(), x_MI, out_dtype=main_grad_OI.dtype, out=main_grad_OI)
+
+
+def mark_added(weight: Tensor) -> Tensor:
+    """Tell the wrapper that main_grad already holds this micro-batch's gradient; return what autograd gets in the gradient's place.
+
+    The wrapper's hook wants a tensor of the weight's shape and dtype and never reads it: it gets a view of main_grad's own memory, which
+    costs nothing.
+    """
+    weight.grad_added_to_main_grad = True
+    return weight.main_grad.view(weight.dtype).flatten()[: weight.numel()].view(weight.shape)
