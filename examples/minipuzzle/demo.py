@@ -1,7 +1,7 @@
-"""A compression end to end on real text: a parent, its scores, the search, pruning, distillation, two baselines and a page.
+"""A compression end to end on real text: the quickstart's model, its scores, the search, pruning, distillation, two baselines and a page.
 
-The text is the running Python's own standard library, prepared as the quickstart does. Each step is a command that can be typed by hand;
-this script prints it and runs it. Steps whose result is there are not repeated.
+The quickstart's steps come first, as far as their results are not there; each step is a command that can be typed by hand; this script
+prints it and runs it. Started again, it goes on where it was stopped.
 
     python -m examples.minipuzzle.demo [KEY=VALUE ...]     options for the compression, such as search.top_k=1
 """
@@ -12,9 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from examples.quickstart.demo import ROOT, RUN, library_paths, run
-
-EXAMPLES = Path("examples/minipuzzle")
+from examples.quickstart.demo import CONFIG, ROOT, RUN, library_paths, run
 
 
 def main() -> int:
@@ -26,8 +24,8 @@ def main() -> int:
     text = ["--glob", "*.py", "--input", *library_paths(Path(sysconfig.get_path("stdlib")))]
     steps = [
         ["tools.preprocess_data", "--tokenizer", tokenizer, "--output", corpus, "--holdout", "0.02", "--workers", "2", *text],
-        ["megatron_hybrid", "pretrain", EXAMPLES / "parent.yaml"],
-        ["tools.minipuzzle", "run", EXAMPLES / "stdlib.yaml", *sys.argv[1:]],
+        ["megatron_hybrid", "pretrain", CONFIG],
+        ["tools.minipuzzle", "run", "examples/minipuzzle/stdlib.yaml", *sys.argv[1:]],
     ]
     if not (ROOT / tokenizer).exists():
         steps.insert(0, ["tools.train_tokenizer", "--vocab-size", "4096", "--max-mb", "8", "--output", tokenizer, *text])
