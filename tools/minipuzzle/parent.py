@@ -62,7 +62,7 @@ class Parent:
         """
         run = self.run
         data = self.config.data
-        own_tokenizer = None if run is None else kept_tokenizer(run, run.run_dir if run.run_dir.exists() else self.weights.parent.parent)
+        own_tokenizer = None if run is None else kept_tokenizer(run, self.weights.parent.parent)
         if data is None:
             if run is None:
                 raise ValueError(f"{self.weights} stands alone and names no text; give data.sources and data.sequence_length")

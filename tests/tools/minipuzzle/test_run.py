@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.tools.minipuzzle.small import compression
+from tools.minipuzzle.candidate import Candidate
+from tools.minipuzzle.config import MiniPuzzleConfig
 from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.latency import load_latency
 from tools.minipuzzle.parent import find_parent
-from tools.minipuzzle.rank import load_candidates
+from tools.minipuzzle.rank import Listed, load_candidates, rank_candidates, search
 from tools.minipuzzle.results import load_results
 from tools.minipuzzle.run import chosen_candidates, run
 from tools.minipuzzle.scores import load_scores
@@ -85,7 +88,6 @@ def test_the_candidates_file_may_be_edited(parent_folder: Path, work: WorkFiles)
 
 
 def test_bad_input_is_one_error_before_any_work(parent_folder: Path, tmp_path: Path) -> None:
-    from tools.minipuzzle.rank import search
     from tools.minipuzzle.scores import save_scores, synthetic_scores
 
     with pytest.raises(ValueError, match="neither a run directory, nor a checkpoint, nor a preset"):
@@ -103,7 +105,6 @@ def test_bad_input_is_one_error_before_any_work(parent_folder: Path, tmp_path: P
 
 
 def test_layouts_that_do_not_divide_after_pruning(parent_folder: Path, work: WorkFiles) -> None:
-    from tools.minipuzzle.rank import search
 
     odd = {"ffn_hidden_sizes": [50], "num_tokens": 640}
     with pytest.raises(ValueError, match="model.ffn_hidden_size=50 does not divide by parallel.tensor=4"):
@@ -139,3 +140,83 @@ def test_command_line(parent_folder: Path, work: WorkFiles, capsys: pytest.Captu
     assert "error: cannot use nowhere.yaml" in capsys.readouterr().err
     assert main(["search", "examples/minipuzzle/nemotron_h_56b.yaml", "search.memory.limit_gib=1", f"work_dir={work.work_dir}/none"]) == 2
     assert "the smallest that the grid reaches" in capsys.readouterr().err
+
+
+def rank_in(config: MiniPuzzleConfig, candidates: list[Listed]) -> list[Listed]:
+    """Rank; runs on every rank."""
+    from megatron_hybrid.substrate.groups import initialize, shutdown
+
+    parent = find_parent(config)
+    run_of = parent.forward_run(config.work_dir)
+    substrate = initialize(run_of)
+    scores = load_scores(WorkFiles(config.work_dir).scores)
+    ranked = rank_candidates(run_of, substrate, parent, scores, candidates)
+    shutdown(substrate)
+    return ranked
+
+
+def quality_of(config: MiniPuzzleConfig, candidate: Candidate, directory: Path) -> float:
+    """Prune, and return the loss of the pruned model on the same text; runs on one rank."""
+    from megatron_hybrid.convert.native import NativeSource
+    from megatron_hybrid.substrate.groups import initialize, shutdown
+    from megatron_hybrid.substrate.transformer_config import build_transformer_config
+    from megatron_hybrid.tasks.frozen import load_frozen_chunks
+    from tools.minipuzzle.evaluate import measure_quality
+    from tools.minipuzzle.forward import StageForward
+    from tools.minipuzzle.prune import prune
+    from tools.minipuzzle.rank import HeldOut
+
+    parent = find_parent(config)
+    prune(NativeSource(parent.weights), candidate, load_scores(WorkFiles(config.work_dir).scores), directory)
+    run_of = parent.forward_run(config.work_dir, candidate.model(parent.model))
+    substrate = initialize(run_of)
+    (chunk,) = load_frozen_chunks(run_of, NativeSource(directory).path, build_transformer_config(run_of, substrate), substrate)
+    batches = HeldOut(run_of, substrate, config.search.num_tokens)
+    loss = measure_quality(StageForward(chunk, run_of, substrate), batches, batches.num_samples).loss
+    shutdown(substrate)
+    return loss
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2, "pipeline": 2}, {"data": 2}], ids=["tp2-pp2", "dp2"])
+def test_every_axis_is_ranked_the_same_in_every_layout(
+    layout: dict, parent_folder: Path, work: WorkFiles, tmp_path: Path, run_ranks
+) -> None:
+    """One candidate is the parent with parts left out, the other is narrower everywhere and is cut from the checkpoint by every rank."""
+    config = compression(parent_folder)
+    candidates = [
+        Listed(Candidate((0, 1, 2, 3, 5, 6, 7), (48, 48), 8, 12, 64), 0.0, 0.0),
+        Listed(Candidate((0, 1, 2, 3, 4, 5, 6), (64, 64, 64), 4, 8, 48), 0.0, 0.0),
+    ]
+    world_size = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
+    of_layout = run_ranks(rank_in, world_size, compression(parent_folder, parallel=layout), candidates)
+    for each in of_layout[0]:
+        (expected,) = run_ranks(quality_of, 1, config, each.candidate, tmp_path / each.candidate.name)
+        assert each.loss == pytest.approx(expected, rel=1e-5)
+    assert all(ranked == of_layout[0] for ranked in of_layout)
+
+
+def search_with_latency(config: MiniPuzzleConfig) -> int:
+    """The search stage; runs on one rank, which starts its own."""
+    import os
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    return search(config)
+
+
+def test_latency_is_measured_and_kept_to(parent_folder: Path, work: WorkFiles, tmp_path: Path, run_ranks) -> None:
+    for name in ("scores.json", "scores.safetensors"):
+        (tmp_path / name).write_bytes((work.work_dir / name).read_bytes())
+    options = {"ffn_hidden_sizes": [48, 96], "num_tokens": 640, "num_evaluated": 1, "solver": False}
+    config = compression(parent_folder, work_dir=tmp_path, search={**options, "latency": {"limit_ms": 1e4, "context_tokens": 64}})
+    assert run_ranks(search_with_latency, 1, config) == [0]
+    latency = load_latency(WorkFiles(tmp_path).latency)
+    (times,) = latency.times
+    assert latency.context_tokens == 64 and min(times.fixed, times.attention, times.mamba, times.mlp(96)) > 0
+    listed = load_candidates(WorkFiles(tmp_path), find_parent(config).model)
+    whole = max(listed, key=lambda each: (len(each.candidate.layers), each.candidate.ffn_hidden_sizes))
+    expected = times.fixed + 3 * times.mamba + 2 * times.attention + 3 * times.mlp(96)
+    assert whole.latency_ms == pytest.approx(expected)
+    tight = compression(parent_folder, work_dir=tmp_path, search={**options, "latency": {"limit_ms": 0.5 * times.fixed}})
+    with pytest.raises(ValueError, match="nothing in the grid fits search.latency.limit_ms"):
+        search(tight)
