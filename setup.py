@@ -36,6 +36,7 @@ setup(
         ],
         # nvidia-modelopt: later versions prune megatron-core models only beside Transformer Engine (0.44) or a newer megatron-core (0.47).
         "minipuzzle": ["PuLP==3.3.2", "nvidia-modelopt==0.43.0", "safetensors==0.8.0"],
-        "test": ["pytest==9.2.0", "ruff==0.17.6", "safetensors==0.8.0"],
+        # Triton's interpreter runs the kernels' tests on CPU hosts; a GPU host has the one its torch was built with.
+        "test": ["pytest==9.2.0", "ruff==0.17.6", "safetensors==0.8.0", "triton==3.7.1; platform_system == 'Linux'"],
     },
 )

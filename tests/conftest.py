@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed import RankPool
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported, by whichever test comes first, whether kernels are compiled or interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.distributed import RankPool  # noqa: E402 - imports megatron-core, which imports triton
 
 TEST_LIMIT_S = 300
 

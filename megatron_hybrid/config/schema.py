@@ -56,7 +56,7 @@ class ModelConfig(Section):
     mamba_conv_width: int = Field(4, ge=2)
     """Taps of the depthwise causal convolution."""
     mamba_chunk_size: int | None = Field(None, gt=0)
-    """Chunk length of the SSD scan, a matter of speed alone. Unset: what is fastest on the host."""
+    """Chunk length of the CPU's SSD scan, a matter of speed alone; the Triton scan pins its own. Unset: what is fastest on the host."""
     vocab_size: int = Field(gt=0)
     """Vocabulary the model predicts; the embedding is padded up to a multiple of vocab_divisible_by."""
     vocab_divisible_by: int = Field(128, gt=0)
@@ -366,15 +366,17 @@ class LoggingConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of each operation a run uses (docs/kernels.md). auto: the fastest there is for the device and precision."""
 
-    ssd: Literal["auto", "reference", "cpu"] = "auto"
-    """The Mamba-2 scan."""
-    causal_conv1d: Literal["auto", "reference", "cpu"] = "auto"
-    """The convolution in front of it."""
-    gated_rms_norm: Literal["auto", "reference", "cpu"] = "auto"
-    """The gated norm behind it."""
-    rms_norm: Literal["auto", "reference", "cpu"] = "auto"
+    mamba_core: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Convolution, scan and gated norm of a Mamba-2 layer in one, as training runs them."""
+    ssd: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """The scan alone, as prefilling a prompt runs it."""
+    causal_conv1d: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """The convolution alone."""
+    gated_rms_norm: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """The gated norm alone."""
+    rms_norm: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """The norm in front of every layer."""
-    squared_relu: Literal["auto", "reference", "cpu"] = "auto"
+    squared_relu: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """The MLP's activation."""
     linear: Literal["auto", "reference", "cpu", "cublas"] = "auto"
     """Products of the layers' linears in the working precision; cublas adds weight gradients in fp32 within the product."""

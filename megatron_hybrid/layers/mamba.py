@@ -78,11 +78,18 @@ class MambaMixer(torch.nn.Module):
 
     def _core(self, zxBCdt_LBE: Tensor, segment_ids_BL: Tensor | None) -> Tensor:
         """Convolution, scan and gated norm over whole sequences: [L, B, in_proj rows] to [L, B, inner]."""
-        z_BLI, xBC_BLC, dt_BLH = zxBCdt_LBE.transpose(0, 1).split(self.in_proj_sizes, dim=-1)
-        xBC_BLC, _ = self.ops.causal_conv1d(xBC_BLC, self.conv1d.weight.squeeze(1), self.conv1d.bias, segment_ids_BL=segment_ids_BL)
-        x_BLHP, B_BLGN, C_BLGN = self._split_conv(xBC_BLC)
-        y_BLHP, _ = self.ops.ssd(x_BLHP, dt_BLH, self.A_log, B_BLGN, C_BLGN, self.D, self.dt_bias, segment_ids_BL=segment_ids_BL)
-        return self.norm(y_BLHP.flatten(2), z_BLI).transpose(0, 1)
+        return self.ops.mamba_core(
+            zxBCdt_LBE,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.A_log,
+            self.D,
+            self.dt_bias,
+            self.norm.weight,
+            num_groups=self.num_groups,
+            eps=self.norm.eps,
+            segment_ids_BL=segment_ids_BL,
+        )
 
     def _continue(self, zxBCdt_LBE: Tensor, cache: MambaCache) -> Tensor:
         """The same from the cache's state on, which is replaced by the state after the last token."""

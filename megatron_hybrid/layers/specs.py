@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_hybrid.ops.registry import select
+from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
 from megatron_hybrid.ops.rope import apply_rope
 
 
@@ -21,6 +21,7 @@ class Ops:
     causal_conv1d: Callable
     rms_norm: Callable
     gated_rms_norm: Callable
+    mamba_core: Callable
     squared_relu: Callable
     linear: Callable
     attention: Callable
@@ -41,8 +42,8 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Ch
     """The implementation of every operation: what is asked for, or else the fastest that runs on ``device`` in ``dtype``."""
     chosen = {name: "cpu" for name in OPERATIONS}
     if device.type == "cuda":
-        # Versions named "cpu" are made of torch operations and run anywhere; these are what a GPU has better.
-        chosen |= {"linear": "cublas", "embedding": "triton", "linear_cross_entropy": "triton"}
+        # Versions named "cpu" are made of torch operations and run anywhere; a GPU has better ones.
+        chosen |= {name: "triton" for name in OPERATIONS if "triton" in IMPLEMENTATIONS[name]} | {"linear": "cublas"}
         # cuDNN's attention takes 16-bit numbers alone, and its backward adds in no fixed order.
         chosen["attention"] = "cudnn" if dtype == torch.bfloat16 and not torch.are_deterministic_algorithms_enabled() else "sdpa"
     asked = {} if choices is None else {name: getattr(choices, name) for name in OPERATIONS}
@@ -54,15 +55,15 @@ def make_ops(implementations: Mapping[str, str], *, chunk_length: int | None = N
 
     Args:
         implementations: operation -> name of one of its implementations, for all of ``OPERATIONS``.
-        chunk_length: positions per chunk of the scan; None leaves it to the implementation. The reference has no chunks.
+        chunk_length: positions per chunk of the "cpu" scan; None leaves it to the implementation. The reference has no chunks, and the
+            Triton one pins its own for each GPU.
 
     Raises:
         ValueError: a name is unknown, or the host lacks a package it needs; the message lists what there is.
     """
     ops = Ops(**{name: select(name, implementations[name]) for name in OPERATIONS})
-    if chunk_length is None or implementations["ssd"] == "reference":
-        return ops
-    return replace(ops, ssd=partial(ops.ssd, chunk_length=chunk_length))
+    chunked = {} if chunk_length is None else {name: getattr(ops, name) for name in ("ssd", "mamba_core") if implementations[name] == "cpu"}
+    return replace(ops, **{name: partial(scan, chunk_length=chunk_length) for name, scan in chunked.items()})
 
 
 def ops_for(device: torch.device, dtype: torch.dtype, *, choices: Choices | None = None, chunk_length: int | None = None) -> Ops:

@@ -69,7 +69,7 @@ def causal_conv1d(
     """
     document_BL = None if segment_ids_BL is None else number_documents(segment_ids_BL)
     y_BLC = _CausalConv1d.apply(x_BLC, weight_CW, bias_C, document_BL, initial_state_BTC)
-    return y_BLC, _last_inputs(x_BLC, weight_CW.shape[1] - 1, document_BL, initial_state_BTC)
+    return y_BLC, last_inputs(x_BLC, weight_CW.shape[1] - 1, document_BL, initial_state_BTC)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -133,7 +133,8 @@ def _within_first_document(head_BLC: Tensor, document_BL: Tensor | None) -> Tens
     return head_BLC if document_BL is None else head_BLC * (document_BL[:, : head_BLC.shape[1]] == 0)[..., None]
 
 
-def _last_inputs(x_BLC: Tensor, num_inputs: int, document_BL: Tensor | None, initial_BTC: Tensor | None) -> Tensor:
+def last_inputs(x_BLC: Tensor, num_inputs: int, document_BL: Tensor | None, initial_BTC: Tensor | None) -> Tensor:
+    """The state for decoding [B, num_inputs, C] after the last position; `document_BL` as `number_documents` gives it, or None."""
     num_kept = min(num_inputs, x_BLC.shape[1])
     kept = x_BLC[:, x_BLC.shape[1] - num_kept :]
     before = x_BLC.new_zeros(x_BLC.shape[0], num_inputs, x_BLC.shape[2]) if initial_BTC is None else initial_BTC.to(x_BLC.dtype)

@@ -8,11 +8,28 @@ from types import MappingProxyType
 
 IMPLEMENTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "ssd": {"reference": "ssd:ssd_reference", "cpu": "ssd_chunked:ssd_chunked"},
-        "causal_conv1d": {"reference": "conv1d:causal_conv1d_reference", "cpu": "conv1d:causal_conv1d"},
-        "rms_norm": {"reference": "norm:rms_norm_reference", "cpu": "norm:rms_norm"},
-        "gated_rms_norm": {"reference": "norm:gated_rms_norm_reference", "cpu": "norm:gated_rms_norm"},
-        "squared_relu": {"reference": "activation:squared_relu_reference", "cpu": "activation:squared_relu"},
+        "ssd": {"reference": "ssd:ssd_reference", "cpu": "ssd_chunked:ssd_chunked", "triton": "triton.ssd:ssd"},
+        "causal_conv1d": {
+            "reference": "conv1d:causal_conv1d_reference",
+            "cpu": "conv1d:causal_conv1d",
+            "triton": "triton.conv1d:causal_conv1d",
+        },
+        "rms_norm": {"reference": "norm:rms_norm_reference", "cpu": "norm:rms_norm", "triton": "triton.norm:rms_norm"},
+        "gated_rms_norm": {
+            "reference": "norm:gated_rms_norm_reference",
+            "cpu": "norm:gated_rms_norm",
+            "triton": "triton.norm:gated_rms_norm",
+        },
+        "mamba_core": {
+            "reference": "mamba_core:mamba_core_reference",
+            "cpu": "mamba_core:mamba_core",
+            "triton": "triton.mamba_core:mamba_core",
+        },
+        "squared_relu": {
+            "reference": "activation:squared_relu_reference",
+            "cpu": "activation:squared_relu",
+            "triton": "triton.activation:squared_relu",
+        },
         "linear": {"reference": "linear:linear_reference", "cpu": "linear:linear", "cublas": "linear_accumulating:linear_accumulating"},
         "attention": {
             "reference": "attention:attention_reference",

@@ -71,7 +71,9 @@ class RemainderAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__(groups, {})
+        # torch takes leaves alone, and what megatron-core hands over are shards: views of the model's weights.
+        super().__init__([torch.empty(0)], {})
+        self.param_groups = list(groups)
         self.gradient_factor = 1.0
         for group in self.param_groups:
             group.setdefault("step", 0)

@@ -1,0 +1,134 @@
+"""How the kernels are launched: block sizes, warps and pipeline stages, pinned per shape; `benchmarks/mamba_block.py --tune` measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WalkLaunch:
+    """The state walk: each program holds a [block_p, block_n] part of one head's state."""
+
+    block_p: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class OutputLaunch:
+    """The outputs of a chunk: each program makes `block_l` positions of `num_heads` heads, one head after another."""
+
+    block_l: int
+    num_heads: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProductLaunch:
+    """Gradients of a chunk: each program walks over all heads of a group."""
+
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ScanLaunch:
+    """Everything about the scan that changes its speed and not its result."""
+
+    forward_chunk: int
+    backward_chunk: int
+    forward_walk: WalkLaunch
+    backward_walk: WalkLaunch
+    output: OutputLaunch
+    source_gradient: ProductLaunch
+    key_gradient: ProductLaunch
+
+    def with_chunks(self, forward_chunk: int, backward_chunk: int) -> ScanLaunch:
+        return replace(self, forward_chunk=forward_chunk, backward_chunk=backward_chunk)
+
+
+@dataclass(frozen=True)
+class ConvLaunch:
+    """The convolution: each program walks down `num_tiles` tiles of `tile` positions of `block_c` channels."""
+
+    block_c: int
+    num_tiles: int
+    tile: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class NormLaunch:
+    """The norms: each program takes `rows` rows of a group at once, in backward `num_tiles` times."""
+
+    rows: int
+    num_tiles: int
+    num_warps: int
+
+
+CONV_LAUNCH = ConvLaunch(block_c=512, num_tiles=8, tile=8, num_warps=4)
+
+
+def norm_launch(size: int) -> NormLaunch:
+    """For groups of `size` channels: some 2048 elements at once, 16 per thread."""
+    block = triton.next_power_of_2(size)
+    rows = max(1, 2048 // block)
+    return NormLaunch(rows=rows, num_tiles=max(1, 32 // rows), num_warps=min(16, max(4, rows * block // 512)))
+
+
+def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch:
+    """The measured choice for Hopper; `head_dim` and `state_dim` are those of the model, before padding to powers of two.
+
+    fp32 keeps small chunks: its products run on the ordinary units, and its tiles take twice the shared memory.
+    """
+    block_p, block_n = block_size(head_dim), block_size(state_dim)
+    if dtype == torch.float32:
+        walk = WalkLaunch(block_p=min(block_p, 32), block_n=min(block_n, 32), num_warps=4, num_stages=1)
+        return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), ProductLaunch(4, 1), ProductLaunch(4, 1))
+    wide = block_p > 64 or block_n > 128
+    return ScanLaunch(
+        forward_chunk=128,
+        backward_chunk=64,
+        forward_walk=WalkLaunch(block_p=min(block_p, 64), block_n=min(block_n, 64), num_warps=4, num_stages=3),
+        backward_walk=WalkLaunch(block_p=min(block_p, 64), block_n=min(block_n, 64), num_warps=4, num_stages=4),
+        output=OutputLaunch(block_l=64, num_heads=8, num_warps=4, num_stages=2),
+        source_gradient=ProductLaunch(num_warps=4, num_stages=1 if wide else 2),
+        key_gradient=ProductLaunch(num_warps=4, num_stages=1 if wide else 2),
+    )
+
+
+def block_size(size: int) -> int:
+    """The smallest power of two that holds `size` and is wide enough for a matrix product."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products are exact; for bf16 the word changes nothing."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise ValueError for a device or dtype that the kernels do not run on."""
+    for name, tensor in tensors.items():
+        if not (tensor.is_cuda or triton.knobs.runtime.interpret):
+            raise ValueError(f"{name} is on {tensor.device}; Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests)")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} is {tensor.dtype}; the Triton kernels take float32, bfloat16 or float16")
+
+
+def with_dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last axis dense in memory: itself, or a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dense_like(t_BLX: Tensor) -> Tensor:
+    """Uninitialised and dense, with batch and sequence in the memory order of t."""
+    if t_BLX.stride(0) < t_BLX.stride(1):
+        return t_BLX.new_empty(t_BLX.shape[1], t_BLX.shape[0], *t_BLX.shape[2:]).transpose(0, 1)
+    return t_BLX.new_empty(t_BLX.shape)
