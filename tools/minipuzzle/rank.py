@@ -189,8 +189,13 @@ def rank_candidates(run: RunConfig, substrate: Substrate, parent: Parent, scores
             child = _cut_child(parent, each.candidate, source, selection, substrate)
             quality = measure_quality(child, batches, batches.num_samples, parent_says=parent_says)
         ranked.append(replace(each, **asdict(quality)))
-    ranked.sort(key=lambda each: each.loss if options.rank_by == "loss" else -getattr(each, options.rank_by))
+    ranked.sort(key=lambda each: -quality_key(each, options.rank_by))
     return [replace(each, chosen=place < options.top_k) for place, each in enumerate(ranked)]
+
+
+def quality_key(measured: Any, rank_by: str) -> float:
+    """Return what a model is ranked by, higher is better; ``measured`` has loss, accuracy and agreement."""
+    return -measured.loss if rank_by == "loss" else getattr(measured, rank_by)
 
 
 class HeldOut:

@@ -120,8 +120,8 @@ class Subject:
 def measure_results(parent: Parent, subjects: list[Subject]) -> int | None:
     """Measure the models that are not in ``results.json`` yet, and add them to it; return the exit code, None where none is missing."""
     files = WorkFiles(parent.config.work_dir)
-    known = {(each.kind, each.name) for each in load_results(files).models}
-    new = tuple(each for each in subjects if (each.kind, each.name) not in known)
+    known = {(each.kind, each.name, each.tokens) for each in load_results(files).models}
+    new = tuple(each for each in subjects if (each.kind, each.name, each.tokens) not in known)
     return run_on_ranks(ResultEntry(parent, new), parent.forward_run(parent.config.work_dir)) if new else None
 
 

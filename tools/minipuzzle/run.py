@@ -18,7 +18,7 @@ from tools.minipuzzle.config import MiniPuzzleConfig
 from tools.minipuzzle.distill import Kind, distill_options, train_candidate, training_run
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.parent import Parent, find_parent
-from tools.minipuzzle.rank import Listed, load_candidates, search
+from tools.minipuzzle.rank import Listed, load_candidates, quality_key, search
 from tools.minipuzzle.results import load_results, measure_results, measure_speed, save_results, summarise, to_subject
 from tools.minipuzzle.score import score
 from tools.minipuzzle.scores import load_scores, read_json, require_same_checkpoint
@@ -103,10 +103,7 @@ def distill_all(parent: Parent) -> Iterator[int | None]:
     yield _measure(parent, chosen, ["short"])
     results = load_results(files)
     shorts = [each for each in results.models if each.kind == "short" and each.name in {one.candidate.name for one in chosen}]
-    better = (
-        (lambda each: each.loss) if parent.config.search.rank_by == "loss" else lambda each: -getattr(each, parent.config.search.rank_by)
-    )
-    results.winner = min(shorts, key=better).name
+    results.winner = max(shorts, key=lambda each: quality_key(each, parent.config.search.rank_by)).name
     if place_from_environment(os.environ).rank == 0:
         save_results(results, files)
     winner = next(each for each in chosen if each.candidate.name == results.winner)
@@ -122,7 +119,8 @@ def _stages(parent: Parent) -> Iterator[int | None]:
     if not _is_done(files.scores, config.score.model_dump(mode="json")):
         print("score", flush=True)
         yield score(config)
-    if not _is_done(files.candidates, config.search.model_dump(mode="json")):
+    is_older = files.candidates.exists() and files.candidates.stat().st_mtime_ns < files.scores.stat().st_mtime_ns
+    if is_older or not _is_done(files.candidates, config.search.model_dump(mode="json")):
         print("\nsearch", flush=True)
         yield search(config)
     print("\nprune", flush=True)
@@ -130,7 +128,8 @@ def _stages(parent: Parent) -> Iterator[int | None]:
     yield _measure(parent, chosen, [])
     yield from distill_all(parent)
     results = load_results(files)
-    if not results.speeds:
+    wanted = (config.search.latency.context_tokens, config.search.latency.batch_size)
+    if [(each.context_tokens, each.batch_size) for each in results.speeds] != [wanted] * 2:
         winner = next(each for each in chosen if each.candidate.name == results.winner)
         yield measure_speed(parent, winner.candidate.model(parent.model))
     from tools.minipuzzle.report import write_report
