@@ -101,7 +101,7 @@ class LossBenchmark(_Benchmark):
 
     def __call__(self, run: RunConfig, substrate: Substrate) -> ExitCode:
         """Run it."""
-        from megatron_hybrid.ops.distillation import linear_kl_divergence, linear_kl_divergence_reference
+        from megatron_hybrid.ops.registry import select
         from megatron_hybrid.substrate.transformer_config import build_transformer_config
 
         arguments = self.arguments
@@ -123,7 +123,8 @@ class LossBenchmark(_Benchmark):
         def ours(operation: Callable) -> Tensor:
             return operation(hidden, weight, teacher, teacher_weight, ones, vocab_size=arguments.vocab)[0]
 
-        versions = {"ours": partial(ours, linear_kl_divergence), "specification": partial(ours, linear_kl_divergence_reference)}
+        names = ("triton", "cpu", "reference") if substrate.device.type == "cuda" else ("cpu", "reference")
+        versions = {name: partial(ours, select("linear_kl_divergence", name)) for name in names}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -33,9 +33,9 @@ def linear_kl_divergence_reference(
 
     hidden [..., D] and teacher_hidden [..., E] may have different widths; token_weights [...]. Only hidden and weight_VD get gradients.
     Every implementation named "linear_kl_divergence" takes these arguments and returns this pair, both fp32 (fp64 for fp64).
-    Raises ValueError for a temperature that is not positive, or a group of more than one rank.
+    Raises ValueError for a temperature that is not positive, different vocabularies, or a group of more than one rank.
     """
-    _check_temperature(temperature)
+    check_arguments(weight_VD, teacher_weight_VE, temperature)
     if group is not None and group.size() > 1:
         raise ValueError(f'the reference needs the whole vocabulary on one rank, but the group has {group.size()}; choose "cpu"')
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -64,12 +64,7 @@ def linear_kl_divergence(
     words in both), the loss is whole on every rank, and the gradient of `hidden` is this rank's summand, as in `linear_cross_entropy`.
     Raises ValueError for a temperature that is not positive, or shards of different vocabularies.
     """
-    _check_temperature(temperature)
-    if weight_VD.shape[0] != teacher_weight_VE.shape[0]:
-        raise ValueError(
-            f"student and teacher must have the same (padded) vocabulary, but this rank holds {weight_VD.shape[0]} and "
-            f"{teacher_weight_VE.shape[0]} rows; pad both alike (vocab_divisible_by)"
-        )
+    check_arguments(weight_VD, teacher_weight_VE, temperature)
     wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad)
     return _LinearKlDivergence.apply(
         hidden,
@@ -147,9 +142,14 @@ class _LinearKlDivergence(torch.autograd.Function):
         return (dhidden * dsum).to(dhidden.dtype), (dweight_VD * dsum).to(dweight_VD.dtype), *(None,) * 8
 
 
-def _check_temperature(temperature: float) -> None:
+def check_arguments(weight_VD: Tensor, teacher_weight_VE: Tensor, temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if weight_VD.shape[0] != teacher_weight_VE.shape[0]:
+        raise ValueError(
+            f"student and teacher must have the same (padded) vocabulary, but this rank holds {weight_VD.shape[0]} and "
+            f"{teacher_weight_VE.shape[0]} rows; pad both alike (vocab_divisible_by)"
+        )
 
 
 def _scaled_logits(hidden_ND: Tensor, weight_VD: Tensor, scale: float, wide: torch.dtype) -> Tensor:

@@ -51,6 +51,7 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "linear_kl_divergence": {
             "reference": "distillation:linear_kl_divergence_reference",
             "cpu": "distillation:linear_kl_divergence",
+            "triton": "triton.distillation:linear_kl_divergence",
         },
     }
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,8 +83,9 @@ class Distillation(Pretraining):
         teacher_config = build_transformer_config(self.teacher_run, self.substrate)
         teachers = load_frozen_chunks(self.teacher_run, self.options.teacher, teacher_config, self.substrate)
         students = build_chunks(self.run, self.config, self.substrate)
+        kl_divergence = select("linear_kl_divergence", "triton" if self.substrate.device.type == "cuda" else "cpu")
         return [
-            StudentAndTeacher(student, teacher, self.pipeline_config, self.options)
+            StudentAndTeacher(student, teacher, self.pipeline_config, self.options, kl_divergence)
             for student, teacher in zip(students, teachers, strict=True)
         ]
 
@@ -111,15 +112,16 @@ class Distillation(Pretraining):
 class StudentAndTeacher(MegatronModule):
     """One stage of both models. Its parameters are the student's alone."""
 
-    def __init__(self, student: HybridModel, teacher: HybridModel, config: TransformerConfig, options: DistillOptions) -> None:
+    def __init__(
+        self, student: HybridModel, teacher: HybridModel, config: TransformerConfig, options: DistillOptions, kl_divergence: Callable
+    ) -> None:
         super().__init__(config)
-        self.student, self.options = student, options
+        self.student, self.options, self.kl_divergence = student, options, kl_divergence
         # Held in a tuple, the teacher is no submodule: it is not trained, saved, wrapped or put into training mode.
         self._teacher = (teacher,)
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.pre_process, self.post_process = student.pre_process, student.post_process
-        self.kl_divergence = select("linear_kl_divergence", "cpu")
 
     @property
     def teacher(self) -> HybridModel:
@@ -175,8 +177,10 @@ class StudentAndTeacher(MegatronModule):
         )
         total, terms = kl, [kl]
         if options.lm_loss_weight:
-            terms.append(head.loss_sum(student_LBD, labels_BL, loss_mask_BL))
-            total = total + options.lm_loss_weight * terms[-1]
+            # The weight enters with the mask: gradients are formed in the forward, and the sum must come back with gradient 1.
+            weighted = head.loss_sum(student_LBD, labels_BL, options.lm_loss_weight * loss_mask_BL)
+            total = total + weighted
+            terms.append(weighted / options.lm_loss_weight)
         if options.hidden_loss_weight:
             terms.append(_cosine_loss(whole_LBD, whole_LBE, loss_mask_BL.t()))
             total = total + options.hidden_loss_weight * terms[-1]

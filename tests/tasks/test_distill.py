@@ -23,8 +23,12 @@ LAYOUTS = {
     "tp2-sp": {"tensor": 2, "sequence_parallel": True},
     "pp2": {"pipeline": 2},
     "dp2": {"data": 2},
-    "tp2-pp2-sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "pp2-vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+}
+FOUR_RANKS = {
+    "tp2-pp2-sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    "pp2-dp2": {"pipeline": 2, "data": 2},
+    "pp4": {"pipeline": 4},
 }
 
 
@@ -75,6 +79,16 @@ def one_rank(folder: Path, rank_pool) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_no_layout_changes_the_losses(layout: dict, folder: Path, one_rank, run_ranks) -> None:
+    check_layout(layout, folder, one_rank, run_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FOUR_RANKS.values(), ids=FOUR_RANKS)
+def test_no_layout_of_four_ranks_does(layout: dict, folder: Path, one_rank, run_ranks) -> None:
+    check_layout(layout, folder, one_rank, run_ranks)
+
+
+def check_layout(layout: dict, folder: Path, one_rank, run_ranks) -> None:
     world_size = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
     run = student_run(folder, "-".join(map(str, layout.items())), parallel=layout)
     for _, metrics in run_ranks(distill_run, world_size, run, options_for(folder, **ALL_TERMS)):
