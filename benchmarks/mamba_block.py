@@ -6,7 +6,7 @@
 Prints one JSON object per line. A check gives the relative l2 distance of outputs and gradients from `mamba_core` in fp64 on the same bf16
 inputs, and says whether all are within the bounds. A timing gives the median milliseconds of forward, and forward + backward, of ours and
 of `mamba_split_conv1d_scan_combined`, called eagerly and, as a training step would, replayed from a CUDA graph; their ratio; and the time
-of each of our kernels alone. A tuning line gives a kernel's launch parameters, fastest first.
+of each of our kernels alone. Tuning prints a line per kernel and launch parameters, fastest first.
 """
 
 from __future__ import annotations
@@ -50,6 +50,20 @@ class Shape:
     @property
     def channels(self) -> int:
         return self.inner + 2 * self.groups * self.state
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The launch parameters of all kernels."""
+
+    scan: launches.ScanLaunch
+    conv: launches.ConvLaunch
+    norm: launches.NormLaunch
+
+    @classmethod
+    def pinned(cls, shape: Shape) -> Launches:
+        scan = launches.scan_launch(torch.bfloat16, shape.head_dim, shape.state)
+        return cls(scan, launches.CONV_LAUNCH, launches.norm_launch(shape.inner // shape.groups))
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -123,14 +137,15 @@ def check_long() -> None:
     tail = inputs | {"zxBCdt_LBE": inputs["zxBCdt_LBE"][-last:]}
     cotangent = torch.randn(last, shape.batch, shape.inner, device="cuda", dtype=torch.bfloat16)
     results = []
-    for given, segment_ids in ((inputs, documents), (tail, None)):
+    for given, segment_ids in ((inputs, documents), (tail, documents[:, -last:])):
         leaf = given["zxBCdt_LBE"].detach().requires_grad_()
         out = mamba_core(**(given | {"zxBCdt_LBE": leaf}), num_groups=shape.groups, eps=EPS, segment_ids_BL=segment_ids)
         (gradient,) = torch.autograd.grad(out[-last:], leaf, cotangent)
-        results.append((out[-last:].detach(), gradient[-last:].clone()))
+        results.append({"out": out[-last:].detach(), "zxBCdt_LBE": gradient[-last:].clone()})
         del leaf, out, gradient
-    same = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
-    print(json.dumps({"check": "64k tokens", "out_equal": same[0], "gradient_equal": same[1]}), flush=True)
+    whole, alone = results
+    found = distances(whole, alone, [shape.inner, shape.channels, shape.heads])
+    print(json.dumps({"check": "64k tokens", "equal": all(torch.equal(whole[key], alone[key]) for key in whole)} | found), flush=True)
 
 
 def peer(shape: Shape, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor] | None:
@@ -224,9 +239,9 @@ class Kernels:
         self.num_groups = shape.groups
         self.y_BLHP, self.dy_BLHP = self.y.unflatten(-1, heads), self.dy.unflatten(-1, heads)
 
-    def steps(self, launch: launches.ScanLaunch) -> dict[str, Callable[[], object]]:
+    def steps(self, chosen: Launches) -> dict[str, Callable[[], object]]:
         """Every kernel under these launch parameters, ready to call."""
-        scan, gradients = self.scan, self.gradients
+        scan, gradients, launch = self.scan, self.gradients, chosen.scan
         forward, backward = (ssd_steps.decays_of(scan, length) for length in (launch.forward_chunk, launch.backward_chunk))
         walk = partial(ssd_steps.walk, scan.x_BLHP, scan.B_BLGN)
         before, _ = walk(forward.into_BSHK, forward.total_BSH, None, launch.forward_walk)
@@ -242,7 +257,7 @@ class Kernels:
             dstates,
             backward,
             gradients.dx_BLHP,
-            torch.empty_like(across[0]),
+            across.new_empty(across.shape[:-1]),
             launch.source_gradient,
         )
         dscores, at_target, at_source = source()
@@ -250,25 +265,31 @@ class Kernels:
             ssd_steps.key_gradients, scan.x_BLHP, scan.B_BLGN, scan.C_BLGN, dstates, dscores, backward.into_BSHK, gradients.dB_BLGN
         )
         dC = partial(ssd_steps.key_gradients, self.dy_BLHP, scan.C_BLGN, scan.B_BLGN, states, dscores, backward.out_BSHK, gradients.dC_BLGN)
+        norm_inputs = (self.y, self.z, self.norm_weight, self.num_groups, EPS)
         products = (at_target, at_source, torch.empty_like(at_source), torch.empty_like(at_source), across)
         return {
-            "conv": partial(conv1d.conv_forward, self.xBC, self.weight, self.bias, None, None, self.convolved),
+            "conv": partial(conv1d.conv_forward, self.xBC, self.weight, self.bias, None, None, self.convolved, chosen.conv),
             "decays": partial(ssd_steps.decays_of, scan, launch.forward_chunk),
             "walk": partial(walk, forward.into_BSHK, forward.total_BSH, None, launch.forward_walk),
             "outputs": partial(ssd_steps.outputs, scan, forward, before, self.y_BLHP, launch.output),
-            "norm": partial(norm.norm_forward, self.y, self.z, self.norm_weight, self.num_groups, EPS, self.out),
-            "norm backward": partial(
-                norm.norm_backward, self.y, self.z, self.norm_weight, self.num_groups, EPS, self.out, self.dy.clone(), self.dz
-            ),
+            "norm": partial(norm.norm_forward, *norm_inputs, self.out, chosen.norm),
+            "norm backward": partial(norm.norm_backward, *norm_inputs, self.out, self.dy.clone(), self.dz, chosen.norm),
             "walk again": partial(walk, backward.into_BSHK, backward.total_BSH, None, launch.backward_walk),
             "walk back": back,
             "source gradients": source,
             "gradient of B": partial(dB, launch.key_gradient, of_targets=False),
             "gradient of C": partial(dC, launch.key_gradient, of_targets=True),
             "decay gradients": partial(
-                ssd_steps.decay_gradients, scan, *products, gradients.ddt_raw_BLH, torch.empty_like(across[0]), torch.empty_like(across[0])
+                ssd_steps.decay_gradients,
+                scan,
+                *products,
+                gradients.ddt_raw_BLH,
+                across.new_empty(across.shape[:-1]),
+                across.new_empty(across.shape[:-1]),
             ),
-            "conv backward": partial(conv1d.conv_backward, self.xBC, self.weight, self.bias, None, None, self.dconvolved, self.dxBC),
+            "conv backward": partial(
+                conv1d.conv_backward, self.xBC, self.weight, self.bias, None, None, self.dconvolved, self.dxBC, chosen.conv
+            ),
         }
 
 
@@ -283,8 +304,8 @@ def time_shape(name: str, shape: Shape) -> None:
         line["ratio"] = {key: theirs[key] / mine[key] for key in mine}
     del inputs, stock
     kernels = Kernels(shape)
-    steps = kernels.steps(launches.scan_launch(torch.bfloat16, shape.head_dim, shape.state))
-    line["kernels_ms"] = {key: do_bench(step, warmup=10, rep=30, return_mode="median") for key, step in steps.items()}
+    steps = kernels.steps(Launches.pinned(shape))
+    line["kernels_ms"] = {key: do_bench(captured(step).replay, warmup=5, rep=20, return_mode="median") for key, step in steps.items()}
     print(json.dumps(rounded(line)), flush=True)
 
 
@@ -294,17 +315,20 @@ def rounded(value: object) -> object:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def candidates(shape: Shape) -> Iterator[tuple[str, launches.ScanLaunch]]:
-    """A kernel of `Kernels.steps` and the launch parameters to try it with."""
-    base = launches.scan_launch(torch.bfloat16, shape.head_dim, shape.state)
+def candidates(shape: Shape) -> Iterator[tuple[str, Launches]]:
+    """A kernel of `Kernels.steps` and the launch parameters to try it with; those that stand are among them."""
+    base = Launches.pinned(shape)
     block_p, block_n = min(64, launches.block_size(shape.head_dim)), launches.block_size(shape.state)
-    for chunk in (64, 128):
-        for n in {32, 64, block_n}:
-            for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 3)):
-                walk = launches.WalkLaunch(block_p, n, warps, stages)
-                yield "walk", replace(base, forward_chunk=chunk, forward_walk=walk)
-                if chunk == base.backward_chunk:
-                    yield "walk back", replace(base, backward_walk=walk)
+
+    def scan(**changes: object) -> Launches:
+        return replace(base, scan=replace(base.scan, **changes))
+
+    for n in sorted({32, 64, min(128, block_n)}):
+        for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 3)):
+            walk = launches.WalkLaunch(block_p, n, warps, stages)
+            yield "walk", scan(forward_chunk=128, forward_walk=walk)
+            for chunk in (64, 128):
+                yield "walk back", scan(backward_chunk=chunk, backward_walk=walk)
     for chunk, block_l, warps, stages in (
         (64, 64, 4, 2),
         (64, 64, 4, 3),
@@ -312,15 +336,35 @@ def candidates(shape: Shape) -> Iterator[tuple[str, launches.ScanLaunch]]:
         (128, 64, 4, 3),
         (128, 64, 8, 2),
         (128, 128, 8, 2),
-        (128, 128, 8, 3),
     ):
-        for heads in (4, 8, 16):
-            yield "outputs", replace(base, forward_chunk=chunk, output=launches.OutputLaunch(block_l, heads, warps, stages))
-    for chunk in (64, 128):
-        for warps, stages in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3)):
-            product = launches.ProductLaunch(warps, stages)
-            yield "source gradients", replace(base, backward_chunk=chunk, source_gradient=product)
-            yield "gradient of B", replace(base, backward_chunk=chunk, key_gradient=product)
+        for heads in (8, 16):
+            yield "outputs", scan(forward_chunk=chunk, output=launches.OutputLaunch(block_l, heads, warps, stages))
+    for chunk, tile, warps, stages in (
+        (64, 64, 4, 1),
+        (64, 64, 4, 2),
+        (64, 32, 4, 2),
+        (64, 32, 4, 3),
+        (128, 64, 8, 1),
+        (128, 64, 8, 2),
+        (128, 32, 8, 2),
+    ):
+        yield "source gradients", scan(backward_chunk=chunk, source_gradient=launches.SourceLaunch(tile, warps, stages))
+    for chunk, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 2), (128, 8, 3), (128, 4, 2)):
+        yield "gradient of B", scan(backward_chunk=chunk, key_gradient=launches.ProductLaunch(warps, stages))
+    for rows, tiles, warps in ((1, 32, 2), (1, 16, 4), (1, 32, 4), (1, 64, 4), (2, 16, 4), (2, 8, 8), (4, 8, 8)):
+        for kernel in ("norm", "norm backward"):
+            yield kernel, replace(base, norm=launches.NormLaunch(rows, tiles, warps))
+    for block_c, tiles, tile, warps in (
+        (512, 8, 8, 4),
+        (512, 16, 4, 4),
+        (512, 16, 8, 4),
+        (256, 8, 8, 2),
+        (1024, 16, 4, 8),
+        (1024, 8, 8, 4),
+        (1024, 16, 4, 4),
+    ):
+        for kernel in ("conv", "conv backward"):
+            yield kernel, replace(base, conv=launches.ConvLaunch(block_c, tiles, tile, warps))
 
 
 def compile_in_parallel(shapes: Mapping[str, Shape], num_workers: int) -> None:
@@ -340,35 +384,45 @@ def worker_pool(num_workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def try_candidate(shape: Shape, name: str, launch: launches.ScanLaunch) -> str | None:
+def try_candidate(shape: Shape, name: str, chosen: Launches) -> str | None:
     """Compile and run once; the error if it does not."""
     try:
-        Kernels(replace(shape, length=2 * launch.forward_chunk)).steps(launch)[name]()
+        Kernels(replace(shape, length=2 * chosen.scan.forward_chunk)).steps(chosen)[name]()
         torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler or the device says about these parameters
         return f"{type(error).__name__}: {error}"[:120]
     return None
 
 
-def tune(name: str, shape: Shape, num_workers: int) -> None:
+def options_of(kernel: str, chosen: Launches) -> dict[str, int]:
+    """The launch parameters that concern this kernel."""
+    if kernel in ("norm", "norm backward"):
+        return asdict(chosen.norm)
+    if kernel in ("conv", "conv backward"):
+        return asdict(chosen.conv)
+    field = {"walk": "forward_walk", "walk back": "backward_walk", "outputs": "output", "source gradients": "source_gradient"}
+    chunk = chosen.scan.forward_chunk if kernel in ("walk", "outputs") else chosen.scan.backward_chunk
+    return {"chunk": chunk} | asdict(getattr(chosen.scan, field.get(kernel, "key_gradient")))
+
+
+def tune(name: str, shape: Shape, num_workers: int, only: str | None) -> None:
     """Compile all candidates in parallel into Triton's cache on disk, then time them one by one."""
-    tried = list(candidates(shape))
+    tried = [(kernel, chosen) for kernel, chosen in candidates(shape) if only in (None, kernel)]
     with worker_pool(num_workers) as pool:
         errors = list(pool.map(partial(try_candidate, shape), *zip(*tried, strict=True)))
     kernels = Kernels(shape)
-    fields = {"walk": "forward_walk", "walk back": "backward_walk", "outputs": "output", "source gradients": "source_gradient"}
     results: dict[str, list] = {}
-    for (kernel, launch), error in zip(tried, errors, strict=True):
-        options = asdict(getattr(launch, fields.get(kernel, "key_gradient")))
-        options["chunk"] = launch.forward_chunk if kernel in ("walk", "outputs") else launch.backward_chunk
+    for (kernel, chosen), error in zip(tried, errors, strict=True):
         try:
-            time = error or round(do_bench(kernels.steps(launch)[kernel], warmup=5, rep=15, return_mode="median"), 4)
+            step = kernels.steps(chosen)[kernel]
+            time = error or round(do_bench(captured(step).replay, warmup=3, rep=10, return_mode="median"), 4)
         except Exception as failure:  # out of resources at the full size only
             time = f"{type(failure).__name__}: {failure}"[:120]
-        results.setdefault(kernel, []).append((time, options))
+        results.setdefault(kernel, []).append((time, options_of(kernel, chosen)))
     for kernel, rows in results.items():
         rows.sort(key=lambda row: (isinstance(row[0], str), str(row[0])))
-        print(json.dumps({"tune": name, "kernel": kernel, "fastest": rows[:6], "rest": rows[6:]}), flush=True)
+        for time, options in rows:
+            print(json.dumps({"tune": name, "kernel": kernel, "ms": time, **options}), flush=True)
 
 
 def main() -> None:
@@ -377,14 +431,15 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="time without checking first")
     parser.add_argument("--no-time", action="store_true", help="check only")
     parser.add_argument("--tune", action="store_true", help="try launch parameters in place of checking and timing")
-    parser.add_argument("--workers", type=int, default=8, help="processes that compile")
+    parser.add_argument("--kernel", help="with --tune: this kernel only, by its name in the timings")
+    parser.add_argument("--workers", type=int, default=16, help="processes that compile")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("these kernels need a CUDA device, and torch sees none")
     shapes = {arguments.only: SHAPES[arguments.only]} if arguments.only else SHAPES
     if arguments.tune:
         for name, shape in shapes.items() if arguments.only else [("8b", SHAPES["8b"])]:
-            tune(name, shape, arguments.workers)
+            tune(name, shape, arguments.workers, arguments.kernel)
         return
     compile_in_parallel(shapes, arguments.workers)
     if not arguments.no_check:

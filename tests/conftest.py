@@ -33,6 +33,12 @@ def run_ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
     return rank_pool.run
 
 
+@pytest.fixture
+def device() -> str:
+    """Where Triton kernels run here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture(autouse=True)
 def _time_limit() -> Iterator[None]:
     """Fail a test that hangs, instead of the whole session."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_hybrid.fp8.backends import Prologue
 from megatron_hybrid.fp8.formats import Float8Format
 
-_BLOCK_M, _BLOCK_K, _NUM_WARPS = 64, 128, 8
+_BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 128, 8
 
 
 @triton.jit
@@ -84,20 +84,27 @@ def _cast_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    """Four rows are cast at a time, and their bytes put together into words, which are what is transposed: Triton 3.6 mixes up the elements
+    of 8-bit tiles that change their layout."""
+    quad = (tl.program_id(0).to(tl.int64) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4))[:, None]
     column = (tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-    inside = (row < num_rows) & (column < num_columns)
-    x = _load_tile(x_ptr, other_ptr, row, column, inside, x_stride, other_stride, PROLOGUE)
+    inside = (4 * quad < num_rows) & (column < num_columns)
+    scale = tl.load(scale_ptr)
+    largest = tl.zeros((BLOCK_M // 4, BLOCK_K), tl.float32)
+    words = tl.zeros((BLOCK_M // 4, BLOCK_K), tl.int32)
+    for i in tl.static_range(4):
+        row = 4 * quad + i
+        x = _load_tile(x_ptr, other_ptr, row, column, inside, x_stride, other_stride, PROLOGUE)
+        largest = tl.maximum(largest, tl.abs(x))
+        x_8 = _to_float8(x, scale, LARGEST, rows_ptr)
+        if WRITE_ROWS:
+            tl.store(rows_ptr + row * num_columns + column, x_8, mask=inside)
+        words |= x_8.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * i)
+    if WRITE_COLUMNS:
+        tl.store(columns_ptr + tl.trans(column) * (num_rows // 4) + tl.trans(quad), tl.trans(words), mask=tl.trans(inside))
     if RECORD_AMAX:
         # The maximum does not depend on the order of the programs.
-        tl.atomic_max(amax_ptr, tl.max(tl.abs(x)))
-    scale = tl.load(scale_ptr)
-    if WRITE_ROWS:
-        tl.store(rows_ptr + row * num_columns + column, _to_float8(x, scale, LARGEST, rows_ptr), mask=inside)
-    if WRITE_COLUMNS:
-        # As fp32 and then cast: Triton 3.6 puts elements of a transposed 8-bit tile in wrong places.
-        x_8 = _to_float8(tl.trans(x), scale, LARGEST, columns_ptr)
-        tl.store(columns_ptr + tl.trans(column) * num_rows + tl.trans(row), x_8, mask=tl.trans(inside))
+        tl.atomic_max(amax_ptr, tl.max(largest))
 
 
 def _grid(x_MK: Tensor) -> tuple[int, int]:
@@ -142,12 +149,12 @@ def cast(
     columns: bool = True,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`backends.cast_plain`, the matrix and its transpose in one pass, both contiguous; x is contiguous along K.
+    """`backends.cast_plain`, the matrix and its transpose in one pass, both contiguous; x is contiguous along K, and M a multiple of 4.
 
     An amax passes over NaN, as the hardware's maximum does.
     """
     num_rows, num_columns = x_MK.shape
-    assert x_MK.stride(1) == 1, x_MK.stride()
+    assert x_MK.stride(1) == 1 and num_rows % 4 == 0, (x_MK.shape, x_MK.stride())
     if into is None:
         x_8 = torch.empty(num_rows, num_columns, dtype=to.dtype, device=x_MK.device) if rows else None
         x_8_transposed = torch.empty(num_columns, num_rows, dtype=to.dtype, device=x_MK.device) if columns else None
@@ -161,7 +168,7 @@ def cast(
         scale,
         scale if amax is None else amax,
         some if x_8 is None else x_8,
-        some if x_8_transposed is None else x_8_transposed,
+        (some if x_8_transposed is None else x_8_transposed).view(torch.int32),
         num_rows,
         num_columns,
         x_MK.stride(0),

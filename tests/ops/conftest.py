@@ -50,12 +50,6 @@ def _bf16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def device() -> str:
-    """Where Triton kernels run here."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture
 def short_conv_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton convolution in short runs: several programs even for the short sequences of a test."""
     launch = ConvLaunch(block_c=64, num_tiles=2, tile=4, num_warps=2)

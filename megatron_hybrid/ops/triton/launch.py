@@ -30,8 +30,17 @@ class OutputLaunch:
 
 
 @dataclass(frozen=True)
+class SourceLaunch:
+    """The gradients at a chunk's sources: each program walks over all heads of a group, `tile` targets at a time."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class ProductLaunch:
-    """Gradients of a chunk: each program walks over all heads of a group."""
+    """The gradients of B or C of a chunk: each program walks over all heads of a group."""
 
     num_warps: int
     num_stages: int
@@ -46,7 +55,7 @@ class ScanLaunch:
     forward_walk: WalkLaunch
     backward_walk: WalkLaunch
     output: OutputLaunch
-    source_gradient: ProductLaunch
+    source_gradient: SourceLaunch
     key_gradient: ProductLaunch
 
     def with_chunks(self, forward_chunk: int, backward_chunk: int) -> ScanLaunch:
@@ -90,7 +99,7 @@ def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch
     block_p, block_n = block_size(head_dim), block_size(state_dim)
     if dtype == torch.float32:
         walk = WalkLaunch(block_p=min(block_p, 32), block_n=min(block_n, 32), num_warps=4, num_stages=1)
-        return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), ProductLaunch(4, 1), ProductLaunch(4, 1))
+        return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), SourceLaunch(32, 4, 1), ProductLaunch(4, 1))
     wide = block_p > 64 or block_n > 128
     return ScanLaunch(
         forward_chunk=128,
@@ -98,7 +107,7 @@ def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch
         forward_walk=WalkLaunch(block_p=min(block_p, 64), block_n=min(block_n, 64), num_warps=4, num_stages=3),
         backward_walk=WalkLaunch(block_p=min(block_p, 64), block_n=min(block_n, 64), num_warps=4, num_stages=4),
         output=OutputLaunch(block_l=64, num_heads=8, num_warps=4, num_stages=2),
-        source_gradient=ProductLaunch(num_warps=4, num_stages=1 if wide else 2),
+        source_gradient=SourceLaunch(tile=64, num_warps=4, num_stages=1 if wide else 2),
         key_gradient=ProductLaunch(num_warps=4, num_stages=1 if wide else 2),
     )
 

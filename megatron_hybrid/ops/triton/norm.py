@@ -134,11 +134,13 @@ def gated_rms_norm(y: Tensor, gate: Tensor, weight_D: Tensor, num_groups: int, e
     return _GatedRMSNorm.apply(y, gate, weight_D, num_groups, eps)
 
 
-def norm_forward(y: Tensor, gate: Tensor | None, weight_D: Tensor, num_groups: int, eps: float, out: Tensor) -> None:
+def norm_forward(
+    y: Tensor, gate: Tensor | None, weight_D: Tensor, num_groups: int, eps: float, out: Tensor, launch: NormLaunch | None = None
+) -> None:
     """Write the norm of y [..., D], gated if there is a gate, to `out`; any strides with dense channels."""
     y, out, gate = as_rows(y), as_rows(out), None if gate is None else as_rows(gate)
     num_rows, size = y.shape[0] * y.shape[1], y.shape[2] // num_groups
-    launch = norm_launch(size)
+    launch = norm_launch(size) if launch is None else launch
     norm_forward_kernel[(triton.cdiv(num_rows, launch.rows), num_groups)](
         y,
         gate,

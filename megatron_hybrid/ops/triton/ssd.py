@@ -92,11 +92,11 @@ def scan_backward(
     """Write `gradients`; return those of A_log, dt_bias and D [H], and of the initial state [B, H, P, N], all fp32."""
     decays = decays_of(scan, launch.backward_chunk)
     states_BSHPN, _ = walk(scan.x_BLHP, scan.B_BLGN, decays.into_BSHK, decays.total_BSH, scan.initial_BHPN, launch.backward_walk)
-    dstates_BSHPN, dinitial_BHPN, across_WBSH = walk_back(
+    dstates_BSHPN, dinitial_BHPN, across_BSHW = walk_back(
         dy_BLHP, scan.C_BLGN, decays.out_BSHK, decays.total_BSH, dfinal_BHPN, states_BSHPN, launch.backward_walk
     )
     # per chunk: dA_log, ddt_bias, dD
-    per_head_3BSH = across_WBSH.new_empty(3, *across_WBSH.shape[1:])
+    per_head_3BSH = across_BSHW.new_empty(3, *across_BSHW.shape[:-1])
     dscores_BSGKK, at_target_BSHK, at_source_BSHK = source_gradients(
         scan, dy_BLHP, dstates_BSHPN, decays, gradients.dx_BLHP, per_head_3BSH[2], launch.source_gradient
     )
@@ -128,7 +128,7 @@ def scan_backward(
         at_source_BSHK,
         from_start_BSHK,
         into_end_BSHK,
-        across_WBSH,
+        across_BSHW,
         gradients.ddt_raw_BLH,
         per_head_3BSH[0],
         per_head_3BSH[1],

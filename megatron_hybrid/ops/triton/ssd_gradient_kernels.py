@@ -48,6 +48,7 @@ def source_gradient_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,53 +56,73 @@ def source_gradient_kernel(
     """dx of a chunk from dy and the gradient of the state behind the chunk. Grid (S, G, B).
 
     One program walks over the heads of its group and sums the gradient of B C^T in registers, in a fixed order. Matrices over pairs stand
-    with sources in rows, so that the weights of the sources are the next product's operand without leaving registers. Besides, fp32: for
-    [B, S, H, K], at_target and at_source, the sums of mixing times its gradient over sources and over targets; dD [B, S, H]; and dscores
-    [B, S, G, K sources, K targets] in the dtype of B.
+    with sources in rows, so that the weights of the sources are the next product's operand without leaving registers, and are made by tiles
+    of TILE targets, B C^T anew for each head, because all of it would not fit. Besides, fp32: for [B, S, H, K], at_target and at_source,
+    the sums of mixing times its gradient over sources and over targets; dD [B, S, H]; and dscores [B, S, G, K sources, K targets] in the
+    dtype of B.
     """
+    num_tiles: tl.constexpr = K // TILE
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = tl.cast(chunk * K, tl.int64)
-    k, p, n = tl.arange(0, K), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    k, j, p, n = tl.arange(0, K), tl.arange(0, TILE), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     is_p, is_n, inside = p < P, n < N, k < length - chunk * K
-    is_xy, is_key, is_cell = inside[:, None] & is_p[None, :], inside[:, None] & is_n[None, :], is_p[:, None] & is_n[None, :]
+    is_cell = is_p[:, None] & is_n[None, :]
 
     B_ptr += batch * B_stride_b + group * B_stride_g + start * B_stride_l
     C_ptr += batch * C_stride_b + group * C_stride_g + start * C_stride_l
-    B = tl.load(B_ptr + k[:, None] * B_stride_l + n[None, :], mask=is_key, other=0.0)
-    C = tl.load(C_ptr + k[:, None] * C_stride_l + n[None, :], mask=is_key, other=0.0)
-    scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)
-    readable, diagonal = k[:, None] <= k[None, :], k[:, None] == k[None, :]
+    B = tl.load(B_ptr + k[:, None] * B_stride_l + n[None, :], mask=inside[:, None] & is_n[None, :], other=0.0)
+    Cs, dscores = (), ()
+    for t in tl.static_range(num_tiles):
+        target_k = t * TILE + j
+        mask = (target_k < length - chunk * K)[:, None] & is_n[None, :]
+        Cs = Cs + (tl.load(C_ptr + target_k[:, None] * C_stride_l + n[None, :], mask=mask, other=0.0),)
+        dscores = dscores + (tl.zeros((K, TILE), dtype=tl.float32),)
     if HAS_DOCUMENTS:
         document = load_documents(document_ptr, batch, length, chunk * K + k)
-        readable = readable & (document[:, None] == document[None, :])
 
     x_ptr += batch * x_stride_b + start * x_stride_l
     dy_ptr += batch * dy_stride_b + start * dy_stride_l
     dx_ptr += batch * dx_stride_b + start * dx_stride_l
-    dscores = tl.zeros((K, K), dtype=tl.float32)
     for i in range(num_heads_per_group):
         head = group * num_heads_per_group + i
         row = (batch * num_chunks + chunk) * num_heads + head
-        x = tl.load(x_ptr + head * x_stride_h + k[:, None] * x_stride_l + p[None, :], mask=is_xy, other=0.0)
-        dy = tl.load(dy_ptr + head * dy_stride_h + k[:, None] * dy_stride_l + p[None, :], mask=is_xy, other=0.0)
+        is_x = inside[:, None] & is_p[None, :]
+        x = tl.load(x_ptr + head * x_stride_h + k[:, None] * x_stride_l + p[None, :], mask=is_x, other=0.0)
         dstate = tl.load(dstates_ptr + row * (P * N) + p[:, None] * N + n[None, :], mask=is_cell, other=0.0)
-        target, source, into = tl.load(target_ptr + row * K + k), tl.load(source_ptr + row * K + k), tl.load(into_ptr + row * K + k)
-
-        dmixing = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
-        tl.store(dD_ptr + row, tl.sum(tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1), axis=0))
-        weight = tl.exp2(tl.where(readable, target[None, :] - source[:, None], float("-inf")))
-        dmixing *= weight
-        dscores += dmixing
-        dmixing *= scores
-        tl.store(at_target_ptr + row * K + k, tl.sum(dmixing, axis=0))
-        tl.store(at_source_ptr + row * K + k, tl.sum(dmixing, axis=1))
-        mixing = weight * scores + tl.where(diagonal, tl.load(D_ptr + head).to(tl.float32), 0.0)
-        dx = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * into[:, None]
-        dx = tl.dot(mixing.to(x.dtype), dy, dx, input_precision=PRECISION)
-        tl.store(dx_ptr + head * dx_stride_h + k[:, None] * dx_stride_l + p[None, :], dx.to(dx_ptr.dtype.element_ty), mask=is_xy)
+        source, into = tl.load(source_ptr + row * K + k), tl.load(into_ptr + row * K + k)
+        D = tl.load(D_ptr + head).to(tl.float32)
+        dx = tl.zeros((K, BLOCK_P), dtype=tl.float32)
+        dD, at_source, sums = 0.0, tl.zeros((K,), dtype=tl.float32), ()
+        for t in tl.static_range(num_tiles):
+            target_k = t * TILE + j
+            is_y = (target_k < length - chunk * K)[:, None] & is_p[None, :]
+            dy = tl.load(dy_ptr + head * dy_stride_h + target_k[:, None] * dy_stride_l + p[None, :], mask=is_y, other=0.0)
+            target = tl.load(target_ptr + row * K + target_k)
+            readable, diagonal = k[:, None] <= target_k[None, :], k[:, None] == target_k[None, :]
+            if HAS_DOCUMENTS:
+                document_j = load_documents(document_ptr, batch, length, chunk * K + target_k)
+                readable = readable & (document[:, None] == document_j[None, :])
+            dmixing = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
+            dD += tl.sum(tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1), axis=0)
+            weight = tl.exp2(tl.where(readable, target[None, :] - source[:, None], float("-inf")))
+            dmixing *= weight
+            sums = sums + (dscores[t] + dmixing,)
+            scores = tl.dot(B, tl.trans(Cs[t]), input_precision=PRECISION)
+            dmixing *= scores
+            at_source += tl.sum(dmixing, axis=1)
+            tl.store(at_target_ptr + row * K + target_k, tl.sum(dmixing, axis=0))
+            mixing = weight * scores + tl.where(diagonal, D, 0.0)
+            dx = tl.dot(mixing.to(x.dtype), dy, dx, input_precision=PRECISION)
+        dscores = sums
+        dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * into[:, None]
+        tl.store(dD_ptr + row, dD)
+        tl.store(at_source_ptr + row * K + k, at_source)
+        tl.store(dx_ptr + head * dx_stride_h + k[:, None] * dx_stride_l + p[None, :], dx.to(dx_ptr.dtype.element_ty), mask=is_x)
 
     dscores_ptr += ((batch * num_chunks + chunk) * tl.num_programs(1) + group) * (K * K)
-    tl.store(dscores_ptr + k[:, None] * K + k[None, :], dscores.to(dscores_ptr.dtype.element_ty))
+    for t in tl.static_range(num_tiles):
+        offsets = k[:, None] * K + (t * TILE + j)[None, :]
+        tl.store(dscores_ptr + offsets, dscores[t].to(dscores_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks"])
@@ -178,7 +199,7 @@ def key_gradient_kernel(
     tl.store(dkey_ptr + k[:, None] * dkey_stride_l + n[None, :], dkey.to(dkey_ptr.dtype.element_ty), mask=is_key)
 
 
-@triton.jit(do_not_specialize=["length", "num_chunks", "num_parts"])
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def decay_gradient_kernel(
     dt_raw_ptr,
     A_log_ptr,
@@ -195,13 +216,14 @@ def decay_gradient_kernel(
     length,
     num_chunks,
     num_heads,
-    num_parts,
     dt_stride_b,
     dt_stride_l,
     ddt_stride_b,
     ddt_stride_l,
     HAS_DOCUMENTS: tl.constexpr,
     K: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """From the products that pass over each step to the gradients of dt_raw, and of A_log and dt_bias per chunk, [B S, H] fp32.
@@ -235,10 +257,9 @@ def decay_gradient_kernel(
     else:
         dstep = tl.cumsum(over, axis=0, reverse=True)
     dstep += tl.cumsum(into_end, axis=0) - into_end
-    across = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    for part in range(num_parts):
-        across += tl.load(across_ptr + part * tl.num_programs(0) * num_heads + row, mask=is_head, other=0.0)
-    dstep += across[None, :]
+    w = tl.arange(0, BLOCK_W)
+    across = tl.load(across_ptr + row[:, None] * W + w[None, :], mask=is_head[:, None] & (w < W)[None, :], other=0.0)
+    dstep += tl.sum(across, axis=1)[None, :]
 
     # dt enters as log2 dt: it is -inf where dt underflowed, and nothing came from there
     ddt = dstep * A[None, :] + tl.where(dt > 0, (at_source + into_end) / tl.where(dt > 0, dt, 1.0), 0.0)

@@ -149,7 +149,8 @@ def state_walk_kernel(
     Grid (parts of the state, H, B). Writes the state in front of each chunk to states [B, S, H, P, N], and the last one, fp32, to final
     [B, H, P, N]. Forward: value x, key B, weight into. With REVERSE the chunks run backwards, and value dy, key C, weight out give the
     gradient of the state behind each chunk, and finally of the initial state. Given the forward states too (other_states), it writes what
-    goes from the state in front of a chunk to the one behind it, total_c <state, gradient>, for across [parts, B, S, H].
+    goes from the state in front of a chunk to the one behind it, total_c <state, gradient>, to across [B, S, H, parts BLOCK_P], by rows
+    of the parts.
     """
     num_parts_n = tl.cdiv(N, BLOCK_N)
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -182,8 +183,8 @@ def state_walk_kernel(
         state *= tl.load(total_ptr + row)
         if REVERSE:
             other = tl.load(other_states_ptr + row * (P * N) + cells, mask=is_cell, other=0.0)
-            passed = tl.sum(tl.sum(state * other.to(tl.float32), axis=1), axis=0)
-            tl.store(across_ptr + part * tl.num_programs(2) * num_chunks * num_heads + row, passed)
+            passed = tl.sum(state * other.to(tl.float32), axis=1)
+            tl.store(across_ptr + (row * tl.num_programs(0) + part) * BLOCK_P + tl.arange(0, BLOCK_P), passed)
         state = tl.dot(weighted, key, state, input_precision=PRECISION)
 
     tl.store(final_ptr + (batch * num_heads + head) * (P * N) + cells, state, mask=is_cell)

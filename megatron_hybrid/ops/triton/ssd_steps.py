@@ -1,6 +1,7 @@
 """Each kernel of the scan as a function of tensors: sizes, strides and launch parameters are put in place here.
 
-Tensors may have any strides with a dense last axis. Suffixes beyond the usual: S chunks, K positions of a chunk, W parts of a walk.
+Tensors may have any strides with a dense last axis. Suffixes beyond the usual: S chunks, K positions of a chunk, W parts of what goes
+across a chunk.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_hybrid.ops.triton.launch import OutputLaunch, ProductLaunch, WalkLaunch, block_size, dot_precision
+from megatron_hybrid.ops.triton.launch import OutputLaunch, ProductLaunch, SourceLaunch, WalkLaunch, block_size, dot_precision
 from megatron_hybrid.ops.triton.ssd_gradient_kernels import decay_gradient_kernel, key_gradient_kernel, source_gradient_kernel
 from megatron_hybrid.ops.triton.ssd_kernels import chunk_output_kernel, decay_kernel, state_walk_kernel
 
@@ -88,8 +89,8 @@ def walk_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the states behind each chunk, of the initial state, and `across` in parts, as `state_walk_kernel` defines it."""
     num_parts = _num_parts(options, *states_BSHPN.shape[3:])
-    across_WBSH = total_BSH.new_empty(num_parts, *total_BSH.shape)
-    return *_launch_walk(value_BLHP, key_BLGN, weight_BSHK, total_BSH, dfinal_BHPN, states_BSHPN, across_WBSH, options), across_WBSH
+    across_BSHW = total_BSH.new_empty(*total_BSH.shape, num_parts * options.block_p)
+    return *_launch_walk(value_BLHP, key_BLGN, weight_BSHK, total_BSH, dfinal_BHPN, states_BSHPN, across_BSHW, options), across_BSHW
 
 
 def _num_parts(options: WalkLaunch, head_dim: int, num_states: int) -> int:
@@ -103,7 +104,7 @@ def _launch_walk(
     total_BSH: Tensor,
     initial_BHPN: Tensor | None,
     other_states_BSHPN: Tensor | None,
-    across_WBSH: Tensor | None,
+    across_BSHW: Tensor | None,
     options: WalkLaunch,
 ) -> tuple[Tensor, Tensor]:
     (batch, length, num_heads, head_dim), (num_groups, num_states) = value_BLHP.shape, key_BLGN.shape[2:]
@@ -119,7 +120,7 @@ def _launch_walk(
         states_BSHPN,
         final_BHPN,
         other_states_BSHPN,
-        across_WBSH,
+        across_BSHW,
         length,
         num_chunks,
         num_heads,
@@ -180,7 +181,7 @@ def outputs(scan: Scan, decays: Decays, states_BSHPN: Tensor, y_BLHP: Tensor, op
 
 
 def source_gradients(
-    scan: Scan, dy_BLHP: Tensor, dstates_BSHPN: Tensor, decays: Decays, dx_BLHP: Tensor, dD_BSH: Tensor, options: ProductLaunch
+    scan: Scan, dy_BLHP: Tensor, dstates_BSHPN: Tensor, decays: Decays, dx_BLHP: Tensor, dD_BSH: Tensor, options: SourceLaunch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx and dD; return dscores, at_target and at_source as `source_gradient_kernel` defines them."""
     (batch, length, num_heads, head_dim), (num_groups, num_states) = scan.x_BLHP.shape, scan.B_BLGN.shape[2:]
@@ -216,6 +217,7 @@ def source_gradients(
         P=head_dim,
         N=num_states,
         K=chunk_length,
+        TILE=min(options.tile, chunk_length),
         BLOCK_P=block_size(head_dim),
         BLOCK_N=block_size(num_states),
         PRECISION=dot_precision(scan.x_BLHP.dtype),
@@ -277,7 +279,7 @@ def decay_gradients(
     at_source_BSHK: Tensor,
     from_start_BSHK: Tensor,
     into_end_BSHK: Tensor,
-    across_WBSH: Tensor,
+    across_BSHW: Tensor,
     ddt_raw_BLH: Tensor,
     dA_log_BSH: Tensor,
     ddt_bias_BSH: Tensor,
@@ -293,18 +295,19 @@ def decay_gradients(
         at_source_BSHK,
         from_start_BSHK,
         into_end_BSHK,
-        across_WBSH,
+        across_BSHW,
         ddt_raw_BLH,
         dA_log_BSH,
         ddt_bias_BSH,
         length,
         num_chunks,
         num_heads,
-        across_WBSH.shape[0],
         *scan.dt_raw_BLH.stride()[:2],
         *ddt_raw_BLH.stride()[:2],
         HAS_DOCUMENTS=scan.document_BL is not None,
         K=chunk_length,
+        W=across_BSHW.shape[-1],
+        BLOCK_W=triton.next_power_of_2(across_BSHW.shape[-1]),
         BLOCK_H=HEADS_PER_DECAY_PROGRAM,
         num_warps=4,
     )

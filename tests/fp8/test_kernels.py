@@ -1,0 +1,59 @@
+"""The Triton casts are the specification bit for bit: natively on a GPU, in Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hybrid.fp8 import kernels
+from megatron_hybrid.fp8.backends import amax_plain, cast_plain, scales_plain
+from megatron_hybrid.fp8.formats import E4M3, E5M2, Float8Format
+
+
+def make_inputs(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Magnitudes that reach both ends of the formats, in a shape that fills no tile."""
+    generator = torch.Generator().manual_seed(0)
+    x_MK = torch.randn(72, 144, generator=generator) * torch.exp2(torch.randint(-14, 3, (72, 144), generator=generator).float())
+    return x_MK.to(dtype).to(device), torch.randn(72, 144, generator=generator).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("prologue", ["none", "squared_relu", "squared_relu_backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("to", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_casts_and_amaxes_are_the_specification(to: Float8Format, dtype: torch.dtype, prologue: Any, device: str) -> None:
+    x_MK, other_MK = make_inputs(dtype, device)
+    scale = torch.tensor(to.largest / 3, device=device)
+    options = dict(prologue=prologue, other_MK=other_MK, rows=True, columns=True, into=None)
+    amax, expected_amax = torch.zeros((), device=device), torch.zeros((), device=device)
+    rows_MK, columns_KM = kernels.cast(x_MK, scale, to, amax=amax, **options)
+    expected_MK, _ = cast_plain(x_MK, scale, to, amax=expected_amax, **options)
+    assert columns_KM.is_contiguous() and torch.equal(columns_KM.float(), rows_MK.float().t())
+    assert torch.equal(rows_MK.view(torch.uint8), expected_MK.view(torch.uint8))
+    assert torch.equal(amax, expected_amax) and torch.equal(kernels.amax(x_MK, prologue=prologue, other_MK=other_MK), expected_amax)
+
+
+def test_amaxes_gather_and_outputs_may_be_given(device: str) -> None:
+    x_MK, _ = make_inputs(torch.float32, device)
+    amax, scale = torch.tensor(100.0, device=device), torch.ones((), device=device)
+    into = torch.empty_like(x_MK, dtype=E4M3.dtype), torch.empty_like(x_MK.t().contiguous(), dtype=E4M3.dtype)
+    assert kernels.cast(x_MK, scale, E4M3, amax=amax, into=into) == into and amax == 100
+    assert torch.equal(into[0].float(), kernels.cast(x_MK, scale, E4M3, columns=False)[0].float())
+    assert torch.equal(into[1].float(), kernels.cast(x_MK, scale, E4M3, rows=False)[1].float())
+
+
+@pytest.mark.parametrize("amax", [3.0, 0.0, float("inf"), 1e-45, 448.0])
+def test_scales_are_the_specification(amax: float, device: str) -> None:
+    value = torch.tensor(amax, device=device)
+    for ours, expected in zip(kernels.scales(value, E4M3), scales_plain(value, E4M3), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_infinities_saturate_and_nan_stays(device: str) -> None:
+    x_MK = torch.zeros(16, 16, device=device)
+    x_MK[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    rows_MK, _ = kernels.cast(x_MK, torch.ones((), device=device), E4M3)
+    assert rows_MK[0, 0].item() == 448 and rows_MK[0, 1].item() == -448 and rows_MK[0, 2].isnan()
+    assert amax_plain(x_MK[1:]) == 0
