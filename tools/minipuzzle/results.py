@@ -210,7 +210,12 @@ def summarise(results: Results) -> list[str]:
     for kind, what in names.items():
         share, result = results.recovered(kind), results.find(kind, results.winner)
         if share is not None and result is not None:
-            sentences.append(f"{what}: loss {result.loss:.4f}, {share:.1%} of the loss that pruning cost won back")
+            found = (
+                f"{share:.1%} of the loss that pruning cost won back"
+                if share >= 0
+                else f"{-share:.1%} of what pruning cost lost on top of it"
+            )
+            sentences.append(f"{what}: loss {result.loss:.4f}, {found}")
     if len(results.speeds) == 2:
         before, after = results.speeds
         sentences.append(

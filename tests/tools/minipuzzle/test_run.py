@@ -56,7 +56,7 @@ def test_every_stage_leaves_its_file(parent_folder: Path, work: WorkFiles) -> No
     page = work.report.read_text()
     for name in ("importance", "candidates", "layers", "loss"):
         assert f'src="report/{name}.png"' in page and (work.work_dir / f"report/{name}.png").stat().st_size > 5000
-    for text in (results.winner, "won back", "tokens/s"):
+    for text in (results.winner, "distilled: loss", "tokens/s"):
         assert text in page
 
 
