@@ -34,6 +34,20 @@ setup(
             "transformers==5.20.2; python_version < '3.11'",
             "transformers==5.23.0; python_version >= '3.11'",
         ],
+        "vision": [
+            "pillow==12.3.0; python_version < '3.11'",
+            "pillow==13.0.0; python_version >= '3.11'",
+            "scikit-image==0.25.2; python_version < '3.11'",
+            "scikit-image==0.26.0; python_version >= '3.11'",
+            "scikit-learn==1.7.2; python_version < '3.11'",
+            "scikit-learn==1.9.1; python_version >= '3.11'",
+            "onnx==1.23.2",
+            "onnxruntime==1.23.2; python_version < '3.11'",
+            "onnxruntime==1.32.0; python_version >= '3.11'",
+            "onnxscript==0.7.2",
+        ],
+        # Both import torchvision, which must fit the host's torch; CPU hosts need neither.
+        "teachers": ["timm==1.0.31", "open_clip_torch==3.3.0"],
         "test": ["pytest==9.2.0", "ruff==0.17.6", "safetensors==0.8.0"],
     },
 )
