@@ -92,8 +92,14 @@ class AdaptorHead(torch.nn.Module):
 class TeacherHeads(torch.nn.Module):
     """All teachers' heads, and the learned log-variances of uncertainty balancing."""
 
-    def __init__(self, shapes: Sequence[HeadShape], input_size: int, config: TransformerConfig, ops: VisionOps) -> None:
+    def __init__(
+        self, shapes: Sequence[HeadShape], input_size: int, config: TransformerConfig, ops: VisionOps, *, num_uncertainties: int = 0
+    ) -> None:
         super().__init__()
+        self.log_variances: torch.nn.Parameter | None = None
+        if num_uncertainties:
+            self.log_variances = torch.nn.Parameter(torch.empty(num_uncertainties, dtype=config.params_dtype))
+            declare(self.log_variances, initializer=zeros)
         self.summary, self.spatial = torch.nn.ModuleDict(), torch.nn.ModuleDict()
         for shape in shapes:
             inner = (shape.hidden_size, shape.num_inner)

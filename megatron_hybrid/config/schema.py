@@ -414,6 +414,11 @@ class RunConfig(Section):
         """Tokens of the whole run."""
         return self.train.steps * self.tokens_per_step
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train.steps
+
     def steps_left(self, samples: int) -> int:
         """Optimizer steps from a data position to the end of the run."""
         return -(-(self.total_samples - samples) // self.train.global_batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -25,12 +26,14 @@ class PartitionConfig(Section):
     teachers: tuple[str, ...] | None = None
     """Teachers that are matched here. Unset: all."""
 
+    def turns(self, steps: int) -> int:
+        """How many of a stage's first ``steps`` steps the partition takes part in."""
+        return math.floor(steps * self.rate + 1e-9)
+
     @model_validator(mode="after")
     def _check(self) -> PartitionConfig:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} does not divide by micro_batch_size={self.micro_batch_size}; change one of them"
-            )
+            raise ValueError(f"batch_size={self.batch_size} does not divide by micro_batch_size={self.micro_batch_size}; change one")
         if self.teachers == ():
             raise ValueError("teachers is empty; leave it out for all of them")
         return self
@@ -49,6 +52,10 @@ class StageConfig(Section):
     """Steps of linear warm-up."""
     decay: Literal["cosine", "constant"] = "cosine"
     """cosine: down to optimizer.min_lr at the stage's end."""
+
+    def samples_before(self, steps: int) -> int:
+        """Images that the stage's first ``steps`` steps take."""
+        return sum(partition.turns(steps) * partition.batch_size for partition in self.partitions)
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ from pydantic import Field, model_validator
 
 from megatron_hybrid.config.schema import (
     CheckpointConfig,
+    Fp8Config,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -17,7 +20,7 @@ from megatron_hybrid.config.schema import (
 )
 from vision_agglom.config.distill import DistilledTeacherConfig, HeadConfig, LossConfig, StatisticsConfig
 from vision_agglom.config.images import ImagesConfig
-from vision_agglom.config.schedule import StageConfig
+from vision_agglom.config.schedule import PartitionConfig, StageConfig
 from vision_agglom.config.student import StudentConfig
 
 
@@ -31,7 +34,7 @@ class VisionTrainConfig(Section):
     exit_after_steps: int | None = Field(None, gt=0)
     """Save and stop after this many steps of this process, without shortening the schedule. Unset: run to the end."""
     teacher_ranks: Literal["all", "partitioned"] = "all"
-    """all: every data-parallel rank runs every teacher on its own images. partitioned: the ranks divide the teachers and exchange features."""
+    """all: every data-parallel rank runs all teachers on its images. partitioned: ranks divide the teachers and exchange features."""
     teacher_costs: dict[str, float] = Field(default_factory=dict)
     """Teacher name -> relative cost per image, for dividing the ranks. Empty: measured at the start."""
 
@@ -74,6 +77,8 @@ class VisionConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
     train: VisionTrainConfig = VisionTrainConfig()
+    fp8: Fp8Config = Fp8Config()
+    """Float8 products in the blocks' linears."""
     validation: VisionValidationConfig = VisionValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -93,6 +98,58 @@ class VisionConfig(Section):
     def num_prefix_tokens(self) -> int:
         """Class and register tokens before the patches."""
         return len(self.teachers) + self.student.num_register_tokens(len(self.teachers))
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """What the trainer counts as progress: one per image."""
+        return 1
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def total_samples(self) -> int:
+        """Images of the whole run."""
+        return self.samples_before(self.total_steps)
+
+    @property
+    def first_steps(self) -> tuple[int, ...]:
+        """The step that each stage begins with, and at the end the number of all."""
+        return (0, *accumulate(stage.steps for stage in self.stages))
+
+    def samples_before(self, step: int) -> int:
+        """Images that the first ``step`` steps take."""
+        return sum(stage.samples_before(min(max(step - first, 0), stage.steps)) for stage, first in zip(self.stages, self.first_steps))
+
+    def step_at(self, samples: int) -> int:
+        """The step that begins after so many images.
+
+        Raises:
+            ValueError: no step begins there, which is to say that the stages have been changed.
+        """
+        step = bisect_left(range(self.total_steps), samples, key=self.samples_before)
+        if self.samples_before(step) != samples:
+            raise ValueError(
+                f"no step begins after {samples} images (one begins after {self.samples_before(step)}): the stages that are already trained "
+                "were changed; restore their steps, batch sizes and rates, or start a new run_dir"
+            )
+        return step
+
+    def steps_left(self, samples: int) -> int:
+        """Optimizer steps from a number of images to the end of the run."""
+        return self.total_steps - self.step_at(samples)
+
+    def check_data_ranks(self, data_size: int) -> None:
+        """Refuse data-parallel ranks that some partition's batch does not divide over.
+
+        Raises:
+            ValueError: the message names the partition.
+        """
+        for index, stage in enumerate(self.stages):
+            for number, partition in enumerate(stage.partitions):
+                _check_batch(partition, f"stages.{index}.partitions.{number}", self.parallel, data_size)
 
     def architecture(self) -> dict[str, Any]:
         """What the configuration says of the weights; the teachers' widths come with the teachers."""
@@ -128,6 +185,11 @@ class VisionConfig(Section):
             if size % tensor:
                 raise ValueError(f"{name}={size} does not divide by parallel.tensor={tensor}; change one of them")
         block_ranges(student.num_layers, self.parallel)
+        if self.parallel.overlap_param_gather and (student.spectral_reparam or self.loss.mesa.weight):
+            raise ValueError(
+                "parallel.overlap_param_gather leaves the weights incomplete between steps, where student.spectral_reparam and loss.mesa "
+                "read them; switch it off"
+            )
         if self.loss.mesa.weight and self.parallel.pipeline > 1:
             raise ValueError("loss.mesa runs the averaged student in one piece; set parallel.pipeline=1 or loss.mesa.weight=0")
 
@@ -146,6 +208,31 @@ def block_ranges(num_layers: int, parallel: ParallelConfig) -> list[tuple[int, i
         raise ValueError(f"parallel.stages={sizes} must be {num_stages} positive numbers that add up to student.num_layers={num_layers}")
     ends = [sum(sizes[: index + 1]) for index in range(num_stages)]
     return list(zip([0, *ends], ends))
+
+
+def _check_batch(partition: PartitionConfig, where: str, parallel: ParallelConfig, data_size: int) -> None:
+    per_pass = partition.micro_batch_size * data_size
+    if partition.batch_size % per_pass:
+        raise ValueError(
+            f"{where}.batch_size={partition.batch_size} does not divide by micro_batch_size={partition.micro_batch_size} x "
+            f"{data_size} data-parallel rank(s) = {per_pass}; make it a multiple of {per_pass}, or start other ranks"
+        )
+    passes = partition.batch_size // per_pass
+    if parallel.virtual_pipeline > 1 and passes % parallel.pipeline:
+        raise ValueError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves micro-batches in rounds of parallel.pipeline="
+            f"{parallel.pipeline}, but {where} has {passes} per rank and step; make its batch_size a multiple of "
+            f"{per_pass * parallel.pipeline}"
+        )
+
+
+def loss_terms(run: VisionConfig) -> tuple[str, ...]:
+    """Every term of the loss that belongs to a teacher: "NAME.spatial" and, where it is learned, "NAME.summary"."""
+    return tuple(
+        f"{teacher.name}.{kind}"
+        for teacher in run.teachers
+        for kind in (("spatial",) if teacher.summary_loss == "none" else ("spatial", "summary"))
+    )
 
 
 def _check_names(names: tuple[str, ...]) -> None:

@@ -11,7 +11,9 @@ from megatron_hybrid.config.schema import Section
 
 
 class WindowConfig(Section):
-    """ViTDet windows (Li et al. 2022): most blocks attend inside squares of patches, some over the whole image. Off while sizes is empty."""
+    """ViTDet windows (Li et al. 2022): most blocks attend inside squares of patches, some over the whole image.
+
+    Off while sizes is empty."""
 
     sizes: tuple[int, ...] = ()
     """Sides of a window in patches; each step draws one of those that divide the image's rows and columns."""
@@ -64,9 +66,9 @@ class StudentConfig(Section):
     """Standard deviation of the input normalisation (CLIP's)."""
     windows: WindowConfig = WindowConfig()
     spectral_reparam: bool = False
-    """Divide every linear of the blocks by its largest singular value and learn that value apart (Zhai et al. 2023); q, k and v by themselves."""
+    """Divide each linear of the blocks by its largest singular value and learn that apart (Zhai et al. 2023); q, k and v by themselves."""
     damp_std: float = Field(0.0, ge=0, lt=1)
-    """DAMP (Trinh et al. 2024): standard deviation of the Gaussian noise that multiplies the blocks' weights while training; drawn per step."""
+    """DAMP (Trinh et al. 2024): standard deviation of Gaussian noise that multiplies the blocks' weights in training, drawn per step."""
     initialize_from: Path | None = None
     """A timm ViT's state dict (.safetensors, .pth, .pt) that the blocks, the patch embedding and the positions start from."""
 
@@ -101,15 +103,11 @@ class StudentConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> StudentConfig:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide by num_attention_heads={self.num_attention_heads}; change one"
-            )
+            raise ValueError(f"hidden_size={self.hidden_size} does not divide by num_attention_heads={self.num_attention_heads}")
         if self.max_image_size % self.patch_size:
             raise ValueError(f"max_image_size={self.max_image_size} does not divide by patch_size={self.patch_size}; change one of them")
         if self.register_multiple is not None and self.num_registers:
-            raise ValueError(
-                f"num_registers={self.num_registers} and register_multiple={self.register_multiple} exclude each other; drop one"
-            )
+            raise ValueError(f"num_registers={self.num_registers} and register_multiple={self.register_multiple} exclude each other")
         if self.windows.sizes and self.windows.num_global_blocks > self.num_layers:
             raise ValueError(f"windows.num_global_blocks={self.windows.num_global_blocks} exceeds num_layers={self.num_layers}")
         return self

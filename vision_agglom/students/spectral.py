@@ -2,9 +2,9 @@
 
     effective weight = W (softplus(s) + 0.05) / sigma(W)
 
-sigma is the largest singular value, estimated by power iteration; s is learned, one number per chunk (q, k and v, or gate and value, have
-their own). Under tensor parallelism sigma is that of the whole matrix: products over the cut dimension are summed over the ranks, and so are
-the gradients of s and of sigma, which each rank's shard of W sees only in part.
+sigma is the largest singular value, estimated by power iteration; s is learned, one number per chunk (q, k and v, or gate and value,
+have their own). Under tensor parallelism sigma is that of the whole matrix: products over the cut dimension are summed over the ranks, and
+so are the gradients of s and of sigma, which each rank's shard of W sees only in part.
 """
 
 from __future__ import annotations

@@ -51,12 +51,14 @@ class StudentModel(MegatronModule):
         is_first_stage: bool,
         is_last_stage: bool,
         recompute: Literal["none", "selective", "full"] = "none",
+        num_uncertainties: int = 0,
+        length_multiple: int = 1,
     ) -> None:
         super().__init__(config)
         # megatron-core's schedules and gradient finalisation read these two.
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
-        self.student, self.num_prefix = student, num_prefix
+        self.student, self.num_prefix, self.length_multiple = student, num_prefix, length_multiple
         self.first_layer, end = layer_range
         self.recompute_blocks = recompute == "full"
         self.input_tensor: Tensor | None = None
@@ -69,7 +71,7 @@ class StudentModel(MegatronModule):
         )
         if is_last_stage:
             self.final_norm = FinalNorm(student.hidden_size, config, ops) if student.final_norm else None
-            self.heads = TeacherHeads(heads, student.hidden_size, config, ops)
+            self.heads = TeacherHeads(heads, student.hidden_size, config, ops, num_uncertainties=num_uncertainties)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take the previous stage's output; called by megatron-core's pipeline schedules."""
@@ -91,8 +93,7 @@ class StudentModel(MegatronModule):
         """What the blocks need to know of these images' tokens."""
         patch = self.student.patch_size
         grid = (images_BCHW.shape[2] // patch, images_BCHW.shape[3] // patch)
-        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return ImageSequence(self.num_prefix, grid, multiple, window, step)
+        return ImageSequence(self.num_prefix, grid, self.length_multiple, window, step)
 
     def forward(
         self, images_BCHW: Tensor, *, samples: np.ndarray | None = None, step: int = 0, window: int | None = None

@@ -25,11 +25,11 @@ class ConsoleLog(Callback):
 
     def after_validation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         sources = "  ".join(f"{source} {loss:.4f}" for source, loss in losses.items())
-        print(f"{'validation':>{_step_width(trainer.run.train.steps)}}  {sources}", flush=True)
+        print(f"{'validation':>{_step_width(trainer.run.total_steps)}}  {sources}", flush=True)
 
     def on_report(self, trainer: Trainer, kind: str, values: dict[str, Any]) -> None:
         if kind == "fp8_shadow":
-            width = _step_width(trainer.run.train.steps)
+            width = _step_width(trainer.run.total_steps)
             print(f"{'without float8':>{width}}  loss {values['exact_loss']:8.4f}  relative gap {values['relative_gap']:+.2e}", flush=True)
 
     def on_end(self, trainer: Trainer, exit_code: ExitCode) -> None:
