@@ -18,7 +18,7 @@ from vision_agglom.images.mosaic import MosaicTeacher
 from vision_agglom.partition import Duty, plan_teacher_ranks
 
 _FILL = 0.5
-"""Grey, for what a mosaic leaves empty."""
+"""Grey, for what a mosaic leaves empty, where a teacher does not say which colour becomes zero for it."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class TeacherPanel:
         showing, teacher = self.showing(name, student_side), self.teachers[name]
         images_BCHW = resize_images(images_BCHW, showing.side)
         if self.options[name].view == "mosaic":
-            teacher = MosaicTeacher(teacher, showing.side, images_BCHW.new_full((3,), _FILL))
+            fill_C = getattr(teacher, "mean_C", images_BCHW.new_full((3,), _FILL))
+            teacher = MosaicTeacher(teacher, showing.side, fill_C)
         features = teacher(images_BCHW)
         if features.grid != showing.grid:
             raise ValueError(

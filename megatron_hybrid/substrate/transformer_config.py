@@ -13,7 +13,7 @@ from megatron_hybrid.substrate.context import Substrate
 
 
 def build_transformer_config(config: RunConfig, substrate: Substrate) -> TransformerConfig:
-    """Return the settings of one rank of a hybrid language model. Recomputation is the HybridStack's, so megatron-core is not told of it."""
+    """Return one rank's settings for a hybrid language model. Recomputation is the HybridStack's, so megatron-core is not told of it."""
     model = config.model
     return TransformerConfig(
         # Shapes

@@ -132,7 +132,7 @@ class VisionConfig(Section):
         step = bisect_left(range(self.total_steps), samples, key=self.samples_before)
         if self.samples_before(step) != samples:
             raise ValueError(
-                f"no step begins after {samples} images (one begins after {self.samples_before(step)}): the stages that are already trained "
+                f"no step begins after {samples} images (one begins after {self.samples_before(step)}): stages that are already trained "
                 "were changed; restore their steps, batch sizes and rates, or start a new run_dir"
             )
         return step

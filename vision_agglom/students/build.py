@@ -106,7 +106,7 @@ def plan_float8(run: VisionConfig) -> list[tuple[str, ...]]:
     for name in planned:
         if any(side % DIMENSION_UNIT for side in sides[name]):
             raise ValueError(
-                f"fp8: {name} is {sides[name][0]} x {sides[name][1]} per rank at parallel.tensor={tensor}, and float8 products need multiples "
+                f"fp8: {name} is {sides[name][0]} x {sides[name][1]} per rank at parallel.tensor={tensor}, and float8 needs multiples "
                 f"of {DIMENSION_UNIT}; change the student (such as ffn_hidden_size), the layout, or take it out of fp8.linears"
             )
     first, end = run.fp8.bf16_layers_at_start, student.num_layers - run.fp8.bf16_layers_at_end
