@@ -115,7 +115,7 @@ class TeacherPanel:
         """Images go to the ranks that run the teacher, features come back: two all-to-alls over the data ranks."""
         group, batch = self.substrate.data_group, len(images_BCHW)
         size, rank = group.size(), group.rank()
-        owners = self._owners(name, batch * size)
+        owners = self._owners(name, batch, size)
         sent = [len(_overlap(owner, _own(rank, batch))) for owner in owners]
         mine = owners[rank]
         received = [len(_overlap(mine, _own(source, batch))) for source in range(size)]
@@ -127,24 +127,31 @@ class TeacherPanel:
         width = patches * channels + summary_channels
         packed_NW = images_BCHW.new_empty(0, width, dtype=self.dtype)
         if len(mine):
-            features = self._run(name, gathered_NCHW, student_side)
-            parts = [features.spatial_BTC.flatten(1)]
-            if summary_channels:
-                parts.append(features.summary_BC.to(self.dtype))
-            packed_NW = torch.cat(parts, 1).contiguous()
+            # Images on one canvas see each other: a mosaic has the images of one micro-batch, whoever composes it.
+            passes = gathered_NCHW.split(batch) if self.options[name].view == "mosaic" else (gathered_NCHW,)
+            packed_NW = torch.cat([self._pack(self._run(name, images, student_side)) for images in passes])
         returned_BW = packed_NW.new_empty(batch, width)
         distributed.all_to_all_single(returned_BW, packed_NW, sent, received, group=group)
         spatial_BTC = returned_BW[:, : patches * channels].unflatten(1, (patches, channels))
         summary_BC = returned_BW[:, patches * channels :] if summary_channels else None
         return TeacherFeatures(summary_BC, spatial_BTC, showing.grid)
 
-    def _owners(self, name: str, num_images: int) -> list[range]:
-        """Which of the group's images each rank describes with this teacher."""
+    def _pack(self, features: TeacherFeatures) -> Tensor:
+        """Spatial features and summary of each image in one row."""
+        parts = [features.spatial_BTC.flatten(1)]
+        if features.summary_BC is not None:
+            parts.append(features.summary_BC.to(self.dtype))
+        return torch.cat(parts, 1)
+
+    def _owners(self, name: str, batch: int, size: int) -> list[range]:
+        """Which of the group's images each rank describes with this teacher; of a mosaic's, whole micro-batches."""
         assert self.duties is not None
+        unit = batch if self.options[name].view == "mosaic" else 1
         ranges = []
         for duties in self.duties:
-            of_teacher = [duty.images(num_images) for duty in duties if duty.teacher == name]
-            ranges.append(of_teacher[0] if of_teacher else range(0))
+            of_teacher = [duty.images(batch * size // unit) for duty in duties if duty.teacher == name]
+            units = of_teacher[0] if of_teacher else range(0)
+            ranges.append(range(units.start * unit, units.stop * unit))
         return ranges
 
 

@@ -75,7 +75,7 @@ class StatefulTask(Task, Protocol):
         """Called on every rank after each update: bring together what the step's micro-batches left, the same on all ranks."""
 
     def sharded_state(self) -> dict[str, ShardedTensor]:
-        """What to save, by key, as megatron-core's distributed checkpoints want it."""
+        """What this rank has to save, by key, as megatron-core's distributed checkpoints want it."""
 
     def take_state(self, loaded: dict[str, Tensor]) -> None:
         """Take over what was saved, by key."""

@@ -136,7 +136,7 @@ class Trainer:
         self.optimizer.load_state_dict(loaded["optimizer"])
         self.scaling.take(loaded)
         if isinstance(self.task, StatefulTask):
-            self.task.take_state(loaded["task"])
+            self.task.take_state(loaded.get("task", {}))
         self.state = TrainState(**header["state"])
         self.saved_step = self.state.step
         _log.info("resumed from %s at step %d", newest, self.state.step)
@@ -193,8 +193,9 @@ class Trainer:
         return learning_rate(run.schedule, run.optimizer, samples_after * run.tokens_per_sample, run.total_tokens)
 
     def _task_state(self) -> dict[str, Any]:
-        """The section of checkpoints that a task with a state of its own adds."""
-        return {"task": self.task.sharded_state()} if isinstance(self.task, StatefulTask) else {}
+        """The section of checkpoints that a task with a state of its own adds; none on ranks that hold nothing of it."""
+        state = self.task.sharded_state() if isinstance(self.task, StatefulTask) else {}
+        return {"task": state} if state else {}
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         model = self._sharded_model()

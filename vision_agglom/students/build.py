@@ -38,6 +38,8 @@ def build_transformer_config(run: VisionConfig, substrate: Substrate) -> Transfo
         init_method_std=student.init_std,
         # Micro-batches differ in resolution: pipeline stages tell each other the shape.
         variable_seq_lengths=run.parallel.pipeline > 1,
+        # There are no experts; megatron-core still asks for a dispatcher that could take varying lengths.
+        moe_token_dispatcher_type="alltoall",
         **common_settings(run, substrate),
     )
 

@@ -38,7 +38,7 @@ class Transformation:
     def identity(cls, channels: int, device: torch.device | str = "cpu") -> Transformation:
         """Leaves features as they are."""
         eye = torch.eye(channels, dtype=torch.float64, device=device)
-        return cls(eye, eye, torch.zeros(channels, dtype=torch.float64, device=device))
+        return cls(eye, eye.clone(), torch.zeros(channels, dtype=torch.float64, device=device))
 
     def normalize(self, features: Tensor) -> Tensor:
         """y' of [..., C] features, in fp32."""
