@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vision_agglom.config.teachers import TeacherConfig
-from vision_agglom.teachers.plain_vit import PlainViT, PlainViTShape
-from vision_agglom.teachers.tower import IMAGENET, RGB, Tower, build_seeded
+from vision_agglom.plain.vit import RGB, PlainViT, PlainViTShape
+from vision_agglom.teachers.tower import IMAGENET, Tower, build_seeded
 
 _HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "so400m": 16, "giant": 16}
 """Attention heads by the size in timm's model names, which no tensor's shape tells."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from vision_agglom.config.teachers import TeacherConfig
+from vision_agglom.plain.vit import PlainViT, PlainViTShape
 from vision_agglom.teachers import load_teacher
 from vision_agglom.teachers.frozen import FrozenTeacher
-from vision_agglom.teachers.plain_vit import PlainViT, PlainViTShape
 
 SHAPE = PlainViTShape(hidden_size=24, num_layers=2, num_heads=3, num_cls_tokens=3, num_registers=2, summary_idxs=(0, 2), table_side=8)
 TEACHERS = [{"name": "clip"}, {"name": "sam", "use_summary": False}, {"name": "dino"}]

@@ -7,12 +7,13 @@ specification that the student and the exports are compared with. It has no drop
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention
+from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention, silu
 
-from vision_agglom.teachers.tower import OPENAI_CLIP, RGB
+RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class PlainViTShape:
     patch_size: int = 16
     mlp_hidden_size: int | None = None
     """Unset: 4 x hidden_size."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """gelu: fc2(gelu(fc1)). swiglu: w3(silu(gate) x value), gate and value the two halves of w12."""
+    norm_eps: float = 1e-6
     num_cls_tokens: int = 1
     num_registers: int = 0
     summary_idxs: tuple[int, ...] = (0,)
@@ -35,8 +39,8 @@ class PlainViTShape:
     layer_scale: bool = False
     qkv_bias: bool = True
     patch_bias: bool = False
-    mean: RGB = OPENAI_CLIP[0]
-    std: RGB = OPENAI_CLIP[1]
+    mean: RGB = (0.48145466, 0.4578275, 0.40821073)
+    std: RGB = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PlainViT(nn.Module):
@@ -58,9 +62,15 @@ class PlainViT(nn.Module):
     def describe(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Describe images that are normalised already."""
         tokens = self.base_model(pixels_BCHW)
-        shape = self.shape
-        summary = tokens[:, list(shape.summary_idxs)].flatten(1)
-        return summary, tokens[:, shape.num_cls_tokens + shape.num_registers :]
+        return self.summary(tokens), self.patches(tokens)
+
+    def summary(self, tokens: Tensor) -> Tensor:
+        """The chosen class tokens, one after the other."""
+        return tokens[:, list(self.shape.summary_idxs)].flatten(1)
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """The tokens after class tokens and registers."""
+        return tokens[:, self.shape.num_cls_tokens + self.shape.num_registers :]
 
 
 class _Backbone(nn.Module):
@@ -68,7 +78,7 @@ class _Backbone(nn.Module):
         super().__init__()
         self.patch_generator = _PatchGenerator(shape)
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.num_layers))
-        self.norm = nn.LayerNorm(shape.hidden_size, eps=1e-6) if shape.final_norm else nn.Identity()
+        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.norm_eps) if shape.final_norm else nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
         tokens = self.patch_generator(pixels)
@@ -90,10 +100,12 @@ class _PatchGenerator(nn.Module):
         self.cls_token.token = nn.Parameter(torch.randn(shape.num_cls_tokens + shape.num_registers, width) * 0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = nn.functional.unfold(pixels, self.patch_size, stride=self.patch_size).mT
-        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        batch, channels, height, width = pixels.shape
+        patch, grid = self.patch_size, (height // self.patch_size, width // self.patch_size)
+        cut = pixels.view(batch, channels, grid[0], patch, grid[1], patch).permute(0, 2, 4, 1, 3, 5)
+        patches = cut.reshape(batch, grid[0] * grid[1], channels * patch**2)
         tokens = self.embedder(patches) + self.positions(grid).to(patches.dtype)
-        return torch.cat([self.cls_token.token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([self.cls_token.token.expand(batch, -1, -1), tokens], dim=1)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The table resampled to a square of the grid's longer side, cut to the grid from the top left."""
@@ -108,9 +120,9 @@ class _Block(nn.Module):
     def __init__(self, shape: PlainViTShape) -> None:
         super().__init__()
         width = shape.hidden_size
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=shape.norm_eps) for _ in range(2))
         self.attn = _Attention(width, shape.num_heads, shape.qkv_bias)
-        self.mlp = _Mlp(width, shape.mlp_hidden_size or 4 * width)
+        self.mlp = (_Mlp if shape.mlp == "gelu" else _SwiGlu)(width, shape.mlp_hidden_size or 4 * width)
         self.ls1, self.ls2 = (_LayerScale(width) if shape.layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -138,6 +150,16 @@ class _Mlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(gelu(self.fc1(tokens)))
+
+
+class _SwiGlu(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gate, value = self.w12(tokens).chunk(2, dim=-1)
+        return self.w3(silu(gate) * value)
 
 
 class _LayerScale(nn.Module):
