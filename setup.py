@@ -9,7 +9,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_hybrid*", "vision_agglom*", "tools*"]),
-    package_data={"megatron_hybrid.config": ["presets/*.yaml"], "megatron_hybrid.substrate": ["*.json"]},
+    package_data={
+        "megatron_hybrid.config": ["presets/*.yaml"],
+        "megatron_hybrid.substrate": ["*.json"],
+        "vision_agglom.config": ["presets/*.yaml"],
+    },
     install_requires=[
         # CPU hosts pin torch below (extra "cpu"); a GPU host brings the build that fits its driver.
         "torch>=2.11,<2.14",

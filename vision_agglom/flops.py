@@ -1,11 +1,29 @@
-"""Training FLOPs of a student, counted as in megatron_hybrid.layout.flops: two per multiply-add of every matrix product, three passes."""
+"""Size and cost of a student. FLOPs are counted as in megatron_hybrid.layout.flops: two per multiply-add of every product, three passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vision_agglom.config.student import StudentConfig
-from vision_agglom.heads import HeadShape
+
+if TYPE_CHECKING:
+    from vision_agglom.heads import HeadShape
+
+
+def backbone_parameters(student: StudentConfig, num_prefix_tokens: int) -> int:
+    """Parameters of embedding, blocks and final norm."""
+    width, inner = student.hidden_size, student.ffn_hidden_size
+    outer = inner * (2 if student.mlp == "swiglu" else 1)
+    attention = 3 * width * width + 3 * width + width * width + width
+    mlp = width * outer + outer + inner * width + width
+    per_block = attention + mlp + 4 * width
+    if student.layer_scale is not None:
+        per_block += 2 * width
+    if student.spectral_reparam:
+        per_block += 3 + 1 + (2 if student.mlp == "swiglu" else 1) + 1
+    embedding = width * (3 * student.patch_size**2 + student.table_side**2 + num_prefix_tokens)
+    return embedding + student.num_layers * per_block + (2 * width if student.final_norm else 0)
 
 
 def training_flops_per_image(student: StudentConfig, num_tokens: int, heads: Sequence[HeadShape]) -> float:
