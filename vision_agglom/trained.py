@@ -6,6 +6,7 @@ the heads speak the teachers' own spaces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class TrainedStudent:
     step: int
 
 
-def load_run(run_dir: Path) -> VisionConfig:
-    """Return a run's configuration, for one rank of this host.
+def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> VisionConfig:
+    """Return a run's configuration, with further options replaced, for one rank of this host.
 
     Raises:
         ValueError: ``run_dir`` holds no configuration, or one that cannot be used.
@@ -55,7 +56,7 @@ def load_run(run_dir: Path) -> VisionConfig:
     file = run_dir / CONFIG_NAME
     if not file.is_file():
         raise ValueError(f"{run_dir} is no run directory: it has no {CONFIG_NAME}; give the run_dir of a distillation run")
-    return load_config(file, _ONE_RANK)
+    return load_config(file, (*_ONE_RANK, *overrides))
 
 
 def load_trained(run: VisionConfig, run_dir: Path, substrate: Substrate, *, step: int | None = None) -> TrainedStudent:

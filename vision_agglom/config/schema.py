@@ -19,6 +19,7 @@ from megatron_hybrid.config.schema import (
     Section,
 )
 from vision_agglom.config.distill import DistilledTeacherConfig, HeadConfig, LossConfig, StatisticsConfig
+from vision_agglom.config.evaluation import EvaluationConfig
 from vision_agglom.config.images import ImagesConfig
 from vision_agglom.config.schedule import PartitionConfig, StageConfig
 from vision_agglom.config.student import StudentConfig
@@ -80,6 +81,7 @@ class VisionConfig(Section):
     fp8: Fp8Config = Fp8Config()
     """Float8 products in the blocks' linears."""
     validation: VisionValidationConfig = VisionValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -93,6 +95,19 @@ class VisionConfig(Section):
         """The teacher of this name."""
         (found,) = (teacher for teacher in self.teachers if teacher.name == name)
         return found
+
+    @property
+    def evaluation_resolution(self) -> int:
+        """Side at which the student is measured."""
+        return self.evaluation.resolution or self.stages[-1].partitions[0].resolutions[0]
+
+    @property
+    def evaluation_resolutions(self) -> tuple[int, ...]:
+        """Sides of the curves over resolution, ascending, the one it is measured at among them."""
+        given = self.evaluation.resolutions or tuple(
+            side for stage in self.stages for partition in stage.partitions for side in partition.resolutions
+        )
+        return tuple(sorted({*given, self.evaluation_resolution}))
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -173,6 +188,8 @@ class VisionConfig(Section):
             raise ValueError(f"train.teacher_costs names {unknown}; the teachers are {list(self.teacher_names)}")
         if self.train.teacher_costs and len(self.train.teacher_costs) < len(self.teachers):
             raise ValueError("train.teacher_costs must give every teacher's cost, or none")
+        for resolution in (*self.evaluation.resolutions, self.evaluation_resolution):
+            _check_resolution(resolution, "evaluation", self.student)
         self._check_layout()
         return self
 
