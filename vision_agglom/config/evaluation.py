@@ -7,6 +7,17 @@ from pydantic import Field, model_validator
 from megatron_hybrid.config.schema import Section
 
 
+class ZeroShotConfig(Section):
+    """Classification by the names of the classes, through a teacher's text tower and the student's head for it."""
+
+    teacher: str
+    """The teacher whose summaries live in one space with texts."""
+    class_names: tuple[str, ...] = Field(min_length=2)
+    """What each class is called, by index."""
+    text_model: str | None = None
+    """Hub name or folder of the text tower, or open_clip's name. Unset: the teacher's own model."""
+
+
 class EvaluationConfig(Section):
     """Matching with the teachers, behaviour over resolutions, probes on labelled images. Read by ``evaluate``, not while training."""
 
@@ -24,6 +35,8 @@ class EvaluationConfig(Section):
     """Images with classes and masks that probes are tested on."""
     num_classes: int = Field(2, ge=2)
     """Classes, the background of masks among them."""
+    zero_shot: ZeroShotConfig | None = None
+    """Unset: no zero-shot classification. It looks at labelled_test."""
     batch_size: int = Field(8, gt=0)
     """Images per forward pass."""
 
@@ -31,4 +44,8 @@ class EvaluationConfig(Section):
     def _check(self) -> EvaluationConfig:
         if (self.labelled_train is None) != (self.labelled_test is None):
             raise ValueError("give labelled_train and labelled_test together, or neither")
+        if self.zero_shot is not None and self.labelled_test is None:
+            raise ValueError("zero_shot needs labelled_train and labelled_test: the images that it classifies")
+        if self.zero_shot is not None and len(self.zero_shot.class_names) != self.num_classes:
+            raise ValueError(f"zero_shot.class_names has {len(self.zero_shot.class_names)} names for num_classes={self.num_classes}")
         return self

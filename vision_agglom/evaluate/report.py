@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.substrate.context import Substrate
+from vision_agglom.config.evaluation import ZeroShotConfig
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.contract import Teacher, TeacherFeatures
 from vision_agglom.evaluate.knn import accuracy, knn_predict
@@ -18,6 +19,7 @@ from vision_agglom.evaluate.matching import MatchStatistics
 from vision_agglom.evaluate.mode_switch import ScaleEquivariance
 from vision_agglom.evaluate.rankme import RankMe
 from vision_agglom.evaluate.segmentation import PatchBatch, evaluate_segmentation, fit_segmentation_probe, mean_iou
+from vision_agglom.evaluate.zero_shot import embed_classes, load_text_tower, zero_shot_predict
 from vision_agglom.images.labelled import LabelledBatch, read_labelled
 from vision_agglom.images.open_source import open_source
 from vision_agglom.panel import TeacherPanel
@@ -45,6 +47,8 @@ class Report:
     """Side -> scale-equivariance error of the student's patches against ``resolution`` (formula: evaluate/mode_switch.py)."""
     probes: dict[str, dict[str, float]] = field(default_factory=dict)
     """Network -> kNN and linear accuracy, mIoU."""
+    zero_shot: dict[str, float] = field(default_factory=dict)
+    """Network -> accuracy by the names of the classes."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -70,12 +74,19 @@ class Evaluation:
         step: of its checkpoint.
         teachers: by name.
         substrate: one rank.
+
+    Raises:
+        ValueError: zero_shot names no teacher whose summary the student learns.
     """
 
     def __init__(self, run: VisionConfig, radio: PlainRadio, step: int, teachers: Mapping[str, Teacher], substrate: Substrate) -> None:
         self.run, self.radio, self.step, self.substrate = run, radio, step, substrate
         facts = {name: teacher.facts for name, teacher in teachers.items()}
         self.panel = TeacherPanel(run.teachers, facts, teachers, substrate, None, torch.float32)
+        options = run.evaluation.zero_shot
+        learned = [teacher.name for teacher in run.teachers if teacher.summary_loss != "none"]
+        if options is not None and options.teacher not in learned:
+            raise ValueError(f"evaluation.zero_shot.teacher={options.teacher}: expected one whose summary is learned, of {learned}")
 
     def report(self) -> Report:
         """Run every measure that the configuration has images for."""
@@ -85,6 +96,8 @@ class Evaluation:
             self._follow_resolutions(report)
         if self.run.evaluation.labelled_train is not None:
             self._probe(report)
+        if self.run.evaluation.zero_shot is not None:
+            self._classify_by_name(report, self.run.evaluation.zero_shot)
         return report
 
     @torch.no_grad()
@@ -141,6 +154,25 @@ class Evaluation:
         for teacher in self.run.teachers:
             if teacher.view != "mosaic":
                 report.probes[teacher.name] = self._probe_one(lambda images, name=teacher.name: self._one_teacher(name, images))
+
+    @torch.no_grad()
+    def _classify_by_name(self, report: Report, options: ZeroShotConfig) -> None:
+        teacher = self.run.teacher(options.teacher)
+        tower = load_text_tower(teacher.library, options.text_model or teacher.model, self.substrate.device, teacher.weights)
+        classes_KC = embed_classes(tower, options.class_names)
+        right, total = {"student": 0, options.teacher: 0}, 0
+        for batch in read_labelled(
+            open_source(str(self.run.evaluation.labelled_test)), resolution=report.resolution, batch_size=self.run.evaluation.batch_size
+        ):
+            images = batch.images_BCHW.to(self.substrate.device)
+            summaries = {
+                "student": self._student(images).adaptors[options.teacher].summary_BC,
+                options.teacher: self.panel.describe({options.teacher: images}, self._side(images))[options.teacher].summary_BC,
+            }
+            total += len(images)
+            for name, summary_BC in summaries.items():
+                right[name] += int((zero_shot_predict(summary_BC, classes_KC).cpu() == batch.classes_B).sum())
+        report.zero_shot = {name: count / total for name, count in right.items()}
 
     def _probe_one(self, describe: Any) -> dict[str, float]:
         """kNN and linear accuracy of the summaries (of averaged patches where there is none), mIoU of the patches."""
@@ -224,6 +256,9 @@ def format_report(report: Report) -> str:
     if report.probes:
         lines += ["", f"{'network':<12} {'kNN':>7} {'linear':>7} {'mIoU':>7}"]
         lines += [f"{name:<12} {row['knn']:>7.3f} {row['linear']:>7.3f} {row['miou']:>7.3f}" for name, row in report.probes.items()]
+    if report.zero_shot:
+        lines += ["", f"{'zero-shot':<12} {'accuracy':>9}"]
+        lines += [f"{name:<12} {share:>9.3f}" for name, share in report.zero_shot.items()]
     return "\n".join(lines)
 
 
