@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,9 @@ from torch import Tensor, nn
 from vision_agglom.plain.radio import PlainRadio
 
 OPSET = 18
+LARGEST_FILE_BYTES = 1_500_000_000
+"""Weights beyond this lie in FILE.data beside the graph: protobuf ends at 2 GB."""
+
 TOLERANCE = 1e-4
 """Largest difference to torch allowed, relative to the output's largest value: both run in fp32 and sum in different orders."""
 
@@ -50,12 +57,13 @@ def write_onnx(radio: PlainRadio, path: Path, *, image_side: int) -> float:
     if image_side % radio.shape.patch_size:
         raise ValueError(f"image_side={image_side} is no multiple of the patch of {radio.shape.patch_size} pixels")
     radio = radio.cpu().eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".partial") / path.name
+    shutil.rmtree(partial.parent, ignore_errors=True)
+    partial.parent.mkdir(parents=True)
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in radio.parameters())
     names = output_names(radio)
     example = torch.rand(2, 3, image_side, image_side, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), _quiet():
         torch.onnx.export(
             _Flat(radio),
             (example,),
@@ -65,15 +73,31 @@ def write_onnx(radio: PlainRadio, path: Path, *, image_side: int) -> float:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             opset_version=OPSET,
             dynamo=True,
-            external_data=False,
+            external_data=num_bytes > LARGEST_FILE_BYTES,
             verbose=False,
         )
     difference = compare_onnx(radio, partial, image_side)
     if not difference <= TOLERANCE:
-        partial.unlink()
+        shutil.rmtree(partial.parent)
         raise ValueError(f"{path}: onnxruntime's outputs differ from torch's by {difference:.1e} of the largest, more than {TOLERANCE}")
-    partial.replace(path)
+    for file in partial.parent.iterdir():
+        file.replace(path.parent / file.name)
+    partial.parent.rmdir()
     return difference
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of torchvision's operators, which no student has."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def compare_onnx(radio: PlainRadio, path: Path, image_side: int) -> float:

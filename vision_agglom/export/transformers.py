@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -37,6 +38,18 @@ def write_transformers(radio: PlainRadio, folder: Path, *, image_side: int) -> N
     model = to_transformers(radio, image_side=image_side)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": image_side, "width": image_side},
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        # The model does that itself.
+        "do_normalize": False,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
 
 def _config(shape: PlainViTShape, image_side: int) -> RadioConfig:

@@ -107,8 +107,10 @@ class ImageStream:
         return ImageBatch(images_BCHW, indices_B.to(self._device, non_blocking=True), resolution)
 
     def close(self) -> None:
-        """Drop what was read ahead and end the workers."""
+        """Drop what was read ahead, end the workers, and say how much damage there was."""
         self._batches = None
+        if self.damaged:
+            _log.warning("%d damaged images were passed over, %d times in all", len(self.damaged), sum(self.damaged.values()))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides the samples, as JSON data for a checkpoint (``data.stream.require_same_data`` compares)."""

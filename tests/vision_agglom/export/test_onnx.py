@@ -12,12 +12,15 @@ from tests.vision_agglom.export.conftest import make_radio
 from vision_agglom.export import onnx as export
 
 
-def test_onnxruntime_says_what_torch_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_large", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_onnxruntime_says_what_torch_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_large: bool) -> None:
+    monkeypatch.setattr(export, "LARGEST_FILE_BYTES", 0 if is_large else 10**9)
     radio = make_radio(num_layers=1)
-    path = tmp_path / "radio.onnx"
+    path = tmp_path / "out/radio.onnx"
     assert export.write_onnx(radio, path, image_side=48) < 1e-5
     model = onnx.load(path)
     onnx.checker.check_model(model)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["radio.onnx", *(["radio.onnx.data"] if is_large else [])]
     assert [output.name for output in model.graph.output] == export.output_names(radio)
     assert export.output_names(radio)[:4] == ["summary", "features", "clip.summary", "clip.features"]
     assert "sam.summary" not in export.output_names(radio)

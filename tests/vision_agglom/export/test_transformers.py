@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, CLIPImageProcessorPil
 
 from tests.vision_agglom.export.conftest import make_images, make_radio
+from vision_agglom.config.teachers import TeacherConfig
 from vision_agglom.export.transformers import to_transformers, write_transformers
+from vision_agglom.teachers import load_teacher
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gelu": {},
@@ -55,3 +58,15 @@ def test_a_wrong_arrangement_would_be_seen() -> None:
 def test_what_radio_model_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_transformers(make_radio(**changes), image_side=48)
+
+
+def test_the_folder_is_a_teacher_too_and_is_normalised_once(tmp_path: Path) -> None:
+    radio, images = make_radio(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)), make_images()
+    write_transformers(radio, tmp_path, image_side=48)
+    teacher = load_teacher(TeacherConfig(name="t", library="transformers", model=str(tmp_path), resolution=48), "cpu", torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images).spatial_BTC, radio(images)[1], rtol=1e-5, atol=1e-5)
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    photograph = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)
+    pixels = processor(photograph, return_tensors="pt").pixel_values
+    torch.testing.assert_close(pixels[0], torch.from_numpy(photograph).permute(2, 0, 1) / 255)

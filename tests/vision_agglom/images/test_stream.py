@@ -114,6 +114,7 @@ def test_damaged_images_are_counted_and_named_and_others_stand_in(partly_damaged
     assert sorted(name.split("/")[-1].split(":")[0] for name in damaged) == ["00000003.jpg", "00000007.jpg"]
     assert sum(damaged.values()) >= 4, "each is met in each of two passes, and may stand in once more"
     assert caplog.text.count("damaged image passed over") == 2, "logged once each"
+    assert f"2 damaged images were passed over, {sum(damaged.values())} times in all" in caplog.text
     assert not {3, 7} & set(shown) and len(shown) == 24
 
 
