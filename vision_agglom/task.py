@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -56,9 +56,9 @@ class VisionMicroBatch:
     observes: bool
     """Whether the teachers' features count towards the statistics."""
 
-    @property
+    @cached_property
     def samples(self) -> np.ndarray:
-        """Global sample indices on the host."""
+        """Global sample indices on the host, fetched once."""
         return self.batch.sample_indices_B.cpu().numpy()
 
 
@@ -206,6 +206,8 @@ class Distillation:
         """Take all of it over."""
         for name, tensor in self._named_state():
             tensor.copy_(loaded[name].view_as(tensor))
+        for tracker in self.trackers.values():
+            tracker.take_loaded()
         if self.average is not None:
             for name, weight in self.average.weights.items():
                 weight.copy_(loaded[f"average.{name}"])

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path("examples/radio/photographs.yaml")
 RUN = Path("runs/radio")
 HELD_OUT = ("astronaut", "coffee", "china", "grass")
-NUM_SCENES = {"scenes": 512, "scenes_held_out": 128}
+NUM_SCENES = {"scenes": 192, "scenes_held_out": 96}
 SCENE_SIDE = 256
 
 

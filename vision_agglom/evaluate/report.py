@@ -76,13 +76,16 @@ class Evaluation:
         substrate: one rank.
 
     Raises:
-        ValueError: zero_shot names no teacher whose summary the student learns.
+        ValueError: zero_shot names no teacher whose summary the student learns, or a teacher takes no images of a side asked for.
     """
 
     def __init__(self, run: VisionConfig, radio: PlainRadio, step: int, teachers: Mapping[str, Teacher], substrate: Substrate) -> None:
         self.run, self.radio, self.step, self.substrate = run, radio, step, substrate
         facts = {name: teacher.facts for name, teacher in teachers.items()}
         self.panel = TeacherPanel(run.teachers, facts, teachers, substrate, None, torch.float32)
+        for side in run.evaluation_resolutions if run.evaluation.images is not None else (run.evaluation_resolution,):
+            for name in run.teacher_names:
+                self.panel.showing(name, side // run.student.patch_size)
         options = run.evaluation.zero_shot
         learned = [teacher.name for teacher in run.teachers if teacher.summary_loss != "none"]
         if options is not None and options.teacher not in learned:

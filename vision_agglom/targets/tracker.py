@@ -43,7 +43,9 @@ class TargetTracker:
         # Sum of squared angles to the mean direction, and their number.
         self._angles_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self._pending_angles_2 = torch.zeros_like(self._angles_2)
-        self._observed_steps = torch.zeros(1, dtype=torch.int64, device=device)
+        # On the device for checkpoints, and on the host for decisions that should not wait for the device.
+        self._saved_steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self._num_steps = 0
 
     @property
     def dispersion(self) -> Tensor:
@@ -54,13 +56,14 @@ class TargetTracker:
     @property
     def is_frozen(self) -> bool:
         """Whether the stage's statistics are complete."""
-        return int(self._observed_steps) >= self.options.steps
+        return self._num_steps >= self.options.steps
 
     def begin_stage(self) -> None:
         """Forget the statistics: another stage's resolutions have others."""
         self.moments.clear()
-        for tensor in (self._summary_sum_C, self._angles_2, self._observed_steps):
+        for tensor in (self._summary_sum_C, self._angles_2, self._saved_steps):
             tensor.zero_()
+        self._num_steps = 0
 
     @torch.no_grad()
     def observe(self, features: TeacherFeatures) -> None:
@@ -93,9 +96,9 @@ class TargetTracker:
             distributed.all_reduce(pending, group=group)
             total += pending
         self._forget_pending()
-        self._observed_steps += 1
-        steps = int(self._observed_steps)
-        if is_primer or steps % self.options.refresh_steps == 0 or steps == self.options.steps:
+        self._num_steps += 1
+        self._saved_steps.fill_(self._num_steps)
+        if is_primer or self._num_steps % self.options.refresh_steps == 0 or self.is_frozen:
             self._refresh()
 
     @torch.no_grad()
@@ -115,7 +118,11 @@ class TargetTracker:
         yield "offset", self.transformation.mean_C
         yield "summary_sum", self._summary_sum_C
         yield "angles", self._angles_2
-        yield "observed_steps", self._observed_steps
+        yield "observed_steps", self._saved_steps
+
+    def take_loaded(self) -> None:
+        """Follow the tensors after a checkpoint was read into them."""
+        self._num_steps = int(self._saved_steps)
 
     def _refresh(self) -> None:
         transformation = make_transformation(self.teacher.standardizer, self.moments, eps=self.options.eps)
