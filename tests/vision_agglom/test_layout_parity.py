@@ -20,11 +20,15 @@ LAYOUTS = {
     "dp2": {"data": 2},
     "dp2-overlap": {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
     "pp2-vpp2": {"pipeline": 2, "virtual_pipeline": 2},
-    "pp2-uneven": {"pipeline": 2, "stages": (3, 1)},
     "full-recompute": {"recompute": "full"},
     "selective-recompute": {"recompute": "selective"},
+}
+MORE_LAYOUTS = {
+    "pp2-uneven": {"pipeline": 2, "stages": (3, 1)},
+    "dp2-plain": {"data": 2, "distributed_optimizer": False},
     "tp2-pp2-sp-full": {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "recompute": "full"},
     "tp2-dp2-sp": {"tensor": 2, "data": 2, "sequence_parallel": True},
+    "pp2-dp2": {"pipeline": 2, "data": 2},
 }
 
 EVERYTHING = {
@@ -53,13 +57,19 @@ def test_layout_changes_nothing(layout: dict[str, Any], tmp_path: Path, one_rank
     check(small_vision_run(tmp_path, parallel=layout), one_rank[0], run_ranks)
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MORE_LAYOUTS.values(), ids=MORE_LAYOUTS)
+def test_more_layouts_change_nothing(layout: dict[str, Any], tmp_path: Path, one_rank, run_ranks) -> None:
+    check(small_vision_run(tmp_path, parallel=layout), one_rank[0], run_ranks)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", pytest.param("dp2", marks=pytest.mark.slow)])
 def test_layout_changes_nothing_with_everything_on(layout: str, tmp_path: Path, run_ranks) -> None:
     (reference,) = run_ranks(train_vision, 1, small_vision_run(tmp_path / "one", **EVERYTHING))
     check(small_vision_run(tmp_path / "other", parallel=LAYOUTS[layout], **EVERYTHING), reference, run_ranks)
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "dp2"])
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2-sp", marks=pytest.mark.slow)])
 def test_layout_changes_nothing_with_mesa_and_adaloss(layout: str, tmp_path: Path, run_ranks) -> None:
     loss = {"balance": "adaloss", "mesa": {"weight": 0.5, "momentum": 0.9}, "shift_patches": 1}
     (reference,) = run_ranks(train_vision, 1, small_vision_run(tmp_path / "one", loss=loss))
@@ -67,7 +77,7 @@ def test_layout_changes_nothing_with_mesa_and_adaloss(layout: str, tmp_path: Pat
     check(small_vision_run(tmp_path / "other", parallel=LAYOUTS[layout], loss=loss), reference, run_ranks)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_that_divide_the_teachers_train_alike(num_ranks: int, tmp_path: Path, one_rank, run_ranks) -> None:
     """Fewer ranks than teachers, and more."""
     train = {"teacher_ranks": "partitioned", "teacher_costs": {"clip": 1.0, "dino": 2.0, "sam": 5.0}}

@@ -34,7 +34,14 @@ def test_resume_is_bitwise(sections: dict[str, Any], tmp_path: Path, run_ranks) 
             np.testing.assert_array_equal(getattr(second, kind)[name], values, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"data": 2}], ids=["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"tensor": 2, "sequence_parallel": True}, id="tp2"),
+        pytest.param({"pipeline": 2}, id="pp2", marks=pytest.mark.slow),
+        pytest.param({"data": 2}, id="dp2", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_in_another_layout(layout: dict[str, Any], tmp_path: Path, run_ranks) -> None:
     (whole,) = run_ranks(train_vision, 1, small_vision_run(tmp_path / "whole", **EVERYTHING))
     run_ranks(train_vision, 1, stopped(small_vision_run(tmp_path / "halves", **EVERYTHING), 2))

@@ -207,6 +207,9 @@ class VisionConfig(Section):
                 "parallel.overlap_param_gather leaves the weights incomplete between steps, where student.spectral_reparam and loss.mesa "
                 "read them; switch it off"
             )
+        for name in ("telemetry_every_steps", "shadow_every_steps"):
+            if getattr(self.fp8, name) is not None:
+                raise ValueError(f"fp8.{name} is not read here: float8 reports are those of language models; drop it")
         if self.loss.mesa.weight and self.parallel.pipeline > 1:
             raise ValueError("loss.mesa runs the averaged student in one piece; set parallel.pipeline=1 or loss.mesa.weight=0")
 
