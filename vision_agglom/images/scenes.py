@@ -6,7 +6,7 @@ around it are distractors that its mask names too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ def draw_scene(index: int, *, side: int, seed: int = 0) -> Scene:
     return Scene((image.clip(0, 1) * 255).round().astype(np.uint8), mask, int(kind) + 1)
 
 
-def _texture(x: _Field, y: _Field, draws, contrast: float) -> np.ndarray:  # noqa: ANN001 - an iterator of floats
+def _texture(x: _Field, y: _Field, draws: Iterator[float], contrast: float) -> np.ndarray:
     """A base colour with a few waves of random direction and length in it."""
     base = np.array([0.2 + 0.6 * next(draws) for _ in range(3)])
     image = np.broadcast_to(base, (*x.shape, 3)).copy()

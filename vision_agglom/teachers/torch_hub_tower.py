@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,20 +28,20 @@ def build_tower(spec: TeacherConfig) -> Tower:
     source = "local" if Path(repository).is_dir() else "github"
     model = build_seeded(spec.seed, lambda: torch.hub.load(repository, entry, source=source, trust_repo=True, **options))
     describe, normalisation = _find_outputs(model)
-    patch_size = _find_patch_size(model)
+    # DINO and RADIO say it themselves.
+    patch_size = side_of(model.patch_size)
     return Tower(
         module=model,
         describe=describe,
         patch_size=patch_size,
-        # Neither holds a side of its own; this many patches is what both are usually run at.
         resolution=_find_resolution(model, patch_size),
         fixed_resolution=False,
         normalisation=normalisation,
     )
 
 
-def _find_outputs(model: nn.Module):  # noqa: ANN202 - (describe, normalisation)
-    normalisation: tuple[RGB, RGB]
+def _find_outputs(model: nn.Module) -> tuple[Callable[[Tensor], Described], tuple[RGB, RGB]]:
+    """Return how to read the model, and the normalisation that it expects."""
     if hasattr(model, "input_conditioner"):
 
         def describe(pixels: Tensor) -> Described:
@@ -62,11 +63,7 @@ def _find_outputs(model: nn.Module):  # noqa: ANN202 - (describe, normalisation)
     return describe, normalisation
 
 
-def _find_patch_size(model: nn.Module) -> int:
-    """DINO and RADIO say it themselves."""
-    return side_of(model.patch_size)
-
-
 def _find_resolution(model: nn.Module, patch_size: int) -> int:
+    """RADIO's preferred side where it names one; else 16 patches, which DINO models are usually run at."""
     preferred = getattr(model, "preferred_resolution", None)
     return side_of(tuple(preferred)) if preferred else 16 * patch_size

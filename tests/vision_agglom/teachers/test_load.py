@@ -171,14 +171,20 @@ def test_the_vision_half_of_a_whole_clip_is_loaded(tmp_path: Path) -> None:
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     torch.manual_seed(0)
     model = transformers.CLIPModel(config).eval()
+    torch.nn.init.normal_(model.vision_model.post_layernorm.weight)
     model.save_pretrained(tmp_path)
     teacher = load(TeacherConfig(name="t", library="transformers", model=str(tmp_path)))
     inputs = images(2, 64)
     mean, std = teacher.mean_C.view(3, 1, 1), torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
         expected = model.get_image_features(pixel_values=(inputs - mean) / std)
+        tokens = model.vision_model(pixel_values=(inputs - mean) / std).last_hidden_state
     expected = expected if isinstance(expected, torch.Tensor) else expected.pooler_output
     torch.testing.assert_close(teacher(inputs).summary_BC, expected)
+    # Normalised like the class token, as open_clip returns tokens.
+    norm = model.vision_model.post_layernorm
+    expected_spatial = torch.nn.functional.layer_norm(tokens[:, 1:], (32,), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(teacher(inputs).spatial_BTC, expected_spatial)
 
 
 def test_a_mosaic_of_windowed_sam_is_each_image_by_itself() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_timm_at_any_side() -> None:
         load("timm", "vit_tiny_patch16_224", options=TIMM_TWINS["vit_tiny_patch16_224"])(torch.rand(1, 3, 32, 96))
 
 
-def test_a_timm_checkpoint_file_is_read_without_timm(tmp_path) -> None:  # noqa: ANN001
+def test_a_timm_checkpoint_file_is_read_without_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, img_size=64).eval()
