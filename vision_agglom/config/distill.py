@@ -68,6 +68,12 @@ class MesaConfig(Section):
     start_step: int = Field(0, ge=0)
     """First step with the loss; the average is kept from the start."""
 
+    @model_validator(mode="after")
+    def _check(self) -> MesaConfig:
+        if not self.weight and self != MesaConfig.model_construct():
+            raise ValueError("momentum and start_step are not read with weight=0; drop them or give a weight")
+        return self
+
 
 class LossConfig(Section):
     """What the teachers' losses have in common."""

@@ -183,6 +183,8 @@ class VisionConfig(Section):
                     raise ValueError(f"{where}.teachers names {unknown}; the teachers are {list(self.teacher_names)}")
                 for resolution in partition.resolutions:
                     _check_resolution(resolution, where, self.student)
+        if self.loss.smooth_l1_beta != 1.0 and all(teacher.spatial_loss == "mse" for teacher in self.teachers):
+            raise ValueError(f"loss.smooth_l1_beta={self.loss.smooth_l1_beta} is not read: no teacher has spatial_loss=cosine_smooth_l1")
         unknown = sorted(set(self.train.teacher_costs) - set(self.teacher_names))
         if unknown:
             raise ValueError(f"train.teacher_costs names {unknown}; the teachers are {list(self.teacher_names)}")

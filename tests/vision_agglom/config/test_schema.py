@@ -90,6 +90,11 @@ ONE_STAGE = [{"steps": 1, "partitions": [{"resolutions": [32], "batch_size": 1}]
         ({"parallel": {"pipeline": 2, "stages": (1, 2)}}, "add up to student.num_layers=4"),
         ({"parallel": {"pipeline": 2}, "loss": {"mesa": {"weight": 1.0}}}, "set parallel.pipeline=1 or loss.mesa.weight=0"),
         ({"train": {"teacher_costs": {"clip": 1.0}}}, "teacher_costs is not read with teacher_ranks=all"),
+        ({"loss": {"mesa": {"start_step": 5}}}, "not read with weight=0"),
+        (
+            {"loss": {"smooth_l1_beta": 2.0}, "teachers": [{"name": "clip", **TEACHER}], "stages": ONE_STAGE},
+            "smooth_l1_beta=2.0 is not read",
+        ),
         ({"loss": {"adaloss_momentum": 0.5}}, "adaloss_momentum is not read with balance=fixed"),
         ({"teachers": [{"name": "sam", **TEACHER, "view": "mosaic"}], "stages": ONE_STAGE}, "view=mosaic gives no summary"),
     ],
