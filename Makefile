@@ -1,16 +1,20 @@
-# make demo: the main job end to end on real text.  make minipuzzle: a compression end to end.  make test: every default test.
-# Both make their own environment in .venv from setup.py's pins; PYTHON chooses the interpreter (3.10 to 3.12).
+# make demo: the main job end to end on real text.  make minipuzzle: a compression end to end.  make vision: a RADIO on real photographs.
+# make test: every default test.
+# All make their own environment in .venv from setup.py's pins; PYTHON chooses the interpreter (3.10 to 3.12).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo minipuzzle test test-slow lint clean
+.PHONY: demo minipuzzle vision test test-slow lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart/demo.py
 
 minipuzzle: $(VENV)/installed
 	$(BIN)/python -m examples.minipuzzle.demo
+
+vision: $(VENV)/installed
+	$(BIN)/python examples/radio/demo.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -20,7 +24,7 @@ test-slow: $(VENV)/installed
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,serve,evaluate,minipuzzle,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,serve,evaluate,minipuzzle,vision,test]"
 	touch $@
 
 lint: $(VENV)/installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 
 from torch import distributed
 
@@ -21,10 +22,19 @@ def prepare_run_directory(run: RunConfig, substrate: Substrate) -> None:
     Raises:
         ValueError: the directory cannot be made or written.
     """
+    _on_first_rank(run, substrate, lambda: (_write(run, substrate), _keep_tokenizer(run)))
+
+
+def prepare_plain_directory(run: RunConfig, substrate: Substrate) -> None:
+    """``prepare_run_directory`` for a run that has no tokenizer."""
+    _on_first_rank(run, substrate, lambda: _write(run, substrate))
+
+
+def _on_first_rank(run: RunConfig, substrate: Substrate, write: Callable[[], object]) -> None:
     problem = [None]
     if substrate.rank == 0:
         try:
-            _write(run, substrate)
+            write()
         except OSError as error:
             problem = [f"run_dir={run.run_dir} cannot be used: {error.strerror or error}"]
     distributed.broadcast_object_list(problem, src=0, group=substrate.control_group)
@@ -38,7 +48,6 @@ def _write(run: RunConfig, substrate: Substrate) -> None:
     replacement = run.run_dir / f"{CONFIG_NAME}.partial"
     replacement.write_text(text)
     replacement.replace(run.run_dir / CONFIG_NAME)
-    _keep_tokenizer(run)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": substrate.world_size,

@@ -40,7 +40,24 @@ def test_room_imports_what_the_table_says(room: str) -> None:
         assert not foreign, f"{file.relative_to(ROOT)} imports {sorted(foreign)}; the table allows {sorted(allowed[room])}"
 
 
-@pytest.mark.parametrize("package", ["megatron_hybrid"])
+VISION_SUBSTRATE = {"checkpoint", "config", "data", "fp8", "layers", "layout", "model", "ops", "run_directory", "substrate", "train"}
+"""What vision_agglom builds on; of the language model's room its initialisation alone."""
+
+
+def test_vision_builds_on_the_substrate_and_not_on_the_language_model() -> None:
+    for file in (ROOT / "vision_agglom").rglob("*.py"):
+        modules = {module for module in imported_modules(file) if module.startswith("megatron_hybrid.")}
+        assert {module.split(".")[1] for module in modules} <= VISION_SUBSTRATE, file
+        from_model = {module for module in modules if module.startswith("megatron_hybrid.model")}
+        assert all(module.startswith("megatron_hybrid.model.initialize") for module in from_model), file
+
+
+def test_nothing_imports_vision() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        assert not any(module.split(".")[0] == "vision_agglom" for module in imported_modules(file)), file
+
+
+@pytest.mark.parametrize("package", ["megatron_hybrid", "vision_agglom"])
 def test_nothing_imports_tools_or_tests(package: str) -> None:
     for file in (ROOT / package).rglob("*.py"):
         assert not {module.split(".")[0] for module in imported_modules(file)} & {"tools", "tests", "examples", "benchmarks"}, file
@@ -49,6 +66,16 @@ def test_nothing_imports_tools_or_tests(package: str) -> None:
 @pytest.mark.parametrize("room", ["config", "layout"])
 def test_arithmetic_needs_no_torch(room: str) -> None:
     for file in (PACKAGE / room).rglob("*.py"):
+        assert not {module.split(".")[0] for module in imported_modules(file)} & {"torch", "numpy", "megatron"}, file
+
+
+def test_describing_a_distillation_needs_no_torch() -> None:
+    files = [
+        *(ROOT / "vision_agglom" / "config").rglob("*.py"),
+        ROOT / "vision_agglom/commands/describe.py",
+        ROOT / "vision_agglom/flops.py",
+    ]
+    for file in files:
         assert not {module.split(".")[0] for module in imported_modules(file)} & {"torch", "numpy", "megatron"}, file
 
 

@@ -49,7 +49,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, or the run is not valid; the message lists every problem.
     """
-    return _build(RunConfig, _read_tree(Path(source)), overrides, str(source))
+    return _build(RunConfig, read_tree(Path(source)), overrides, str(source))
 
 
 def load_section(section: type[_SectionT], source: str | Path, overrides: Sequence[str] = ()) -> _SectionT:
@@ -89,7 +89,7 @@ def preset_names() -> list[str]:
 
 def _build(section: type[_SectionT], tree: dict[str, Any], overrides: Sequence[str], source: str) -> _SectionT:
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     if "model" in tree:
         tree["model"] = _resolve_preset(tree["model"], source)
     try:
@@ -98,7 +98,12 @@ def _build(section: type[_SectionT], tree: dict[str, Any], overrides: Sequence[s
         raise refuse(source, explain(error, section)) from None
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the options of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else than options.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -111,7 +116,12 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one option of ``tree``, given as "a.b=value" with the value in YAML.
+
+    Raises:
+        ConfigError: it is not of that form, or names something below a plain value.
+    """
     name, equals, text = override.partition("=")
     parts = name.split(".")
     if not equals or "" in parts:
@@ -147,7 +157,7 @@ def _resolve_preset(model: Any, source: str) -> Any:
     if name not in preset_names():
         raise refuse(source, [f"model.preset: no preset is called {name!r}{_preset_hint(str(name))}"])
     options = {key: value for key, value in model.items() if key != "preset"}
-    return _read_tree(_PRESETS / f"{name}.yaml") | options
+    return read_tree(_PRESETS / f"{name}.yaml") | options
 
 
 def _preset_hint(name: str) -> str:

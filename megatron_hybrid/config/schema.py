@@ -424,6 +424,11 @@ class RunConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property
+    def tokens_per_sample(self) -> int:
+        """Tokens of one sample: what the schedule counts for it."""
+        return self.data.sequence_length
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens one optimizer step consumes."""
         return self.train.global_batch_size * self.data.sequence_length
@@ -437,6 +442,37 @@ class RunConfig(Section):
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
         return self.train.steps * self.tokens_per_step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train.steps
+
+    def steps_left(self, samples: int) -> int:
+        """Optimizer steps from a data position to the end of the run."""
+        return -(-(self.total_samples - samples) // self.train.global_batch_size)
+
+    def check_data_ranks(self, data_size: int) -> None:
+        """Refuse a number of data-parallel ranks that the batch does not divide over.
+
+        Raises:
+            ValueError: the global batch is no whole number of passes, or interleaved stages cannot take turns with its micro-batches.
+        """
+        parallel, train = self.parallel, self.train
+        per_pass = train.micro_batch_size * data_size
+        if train.global_batch_size % per_pass:
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} does not divide by train.micro_batch_size={train.micro_batch_size} x "
+                f"{data_size} data-parallel rank(s) = {per_pass}; make it a multiple of {per_pass}, or start other ranks"
+            )
+        num_microbatches = train.global_batch_size // per_pass
+        if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
+            raise ValueError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves the microbatches in rounds of parallel.pipeline="
+                f"{parallel.pipeline}, but a rank has {num_microbatches} per step "
+                f"(train.global_batch_size={train.global_batch_size} / {per_pass}); "
+                f"make train.global_batch_size a multiple of {per_pass * parallel.pipeline}"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 
@@ -101,6 +102,8 @@ def leave(exit_code: int) -> None:
 
 
 def _raised_by(error: BaseException, entry: Callable[..., object]) -> bool:
+    while isinstance(entry, partial):
+        entry = entry.func
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

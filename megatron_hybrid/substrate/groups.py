@@ -86,7 +86,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     Raises:
         ValueError: the ranks are not a whole number of model copies, or not the number asked for, or do not divide the batch.
     """
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     layout = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
     if parallel.data is not None and world_size != parallel.model_ranks * parallel.data:
         raise ValueError(
@@ -99,20 +99,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
             f"start {-(-world_size // parallel.model_ranks) * parallel.model_ranks} ranks, or change parallel.tensor or parallel.pipeline"
         )
     data_size = world_size // parallel.model_ranks
-    per_pass = train.micro_batch_size * data_size
-    if train.global_batch_size % per_pass:
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size} does not divide by train.micro_batch_size={train.micro_batch_size} x "
-            f"{data_size} data-parallel rank(s) = {per_pass}; make it a multiple of {per_pass}, or start other ranks"
-        )
-    num_microbatches = train.global_batch_size // per_pass
-    if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
-        raise ValueError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} interleaves the microbatches in rounds of parallel.pipeline="
-            f"{parallel.pipeline}, but a rank has {num_microbatches} per step "
-            f"(train.global_batch_size={train.global_batch_size} / {per_pass}); "
-            f"make train.global_batch_size a multiple of {per_pass * parallel.pipeline}"
-        )
+    config.check_data_ranks(data_size)
     return data_size
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import TransformerConfig
@@ -11,16 +13,8 @@ from megatron_hybrid.substrate.context import Substrate
 
 
 def build_transformer_config(config: RunConfig, substrate: Substrate) -> TransformerConfig:
-    """Return the settings of one rank.
-
-    One of them guards against megatron-core: interleaved stages need unbatched, overlapped point-to-point transfers, since with batched
-    ones at two pipeline ranks its losses are silently wrong (its own trainer refuses them, the core does not). Recomputation is the
-    HybridStack's, so megatron-core is not told of it.
-    """
-    model, parallel = config.model, config.parallel
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    interleaved = parallel.virtual_pipeline > 1
-    on_cuda = substrate.device.type == "cuda"
+    """Return one rank's settings for a hybrid language model. Recomputation is the HybridStack's, so megatron-core is not told of it."""
+    model = config.model
     return TransformerConfig(
         # Shapes
         num_layers=model.num_layers,
@@ -43,25 +37,40 @@ def build_transformer_config(config: RunConfig, substrate: Substrate) -> Transfo
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
-        # The loss is a sum over tokens, divided once by the tokens of the whole step, so that no cut of the batch changes it
-        calculate_per_token_loss=True,
-        # Precision
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=config.train.precision == "bf16",
-        # Layout
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-        sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=False,
-        # Interleaved stages free an output before its send was waited for; gloo still reads it then, and the next stage gets garbage
-        deallocate_pipeline_outputs=not (interleaved and substrate.backend == "gloo"),
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        # Kernels: on a CPU the embedding's ordinary backward is deterministic, and faster than the one this switch selects
-        deterministic_mode=config.runtime.deterministic and on_cuda,
-        gradient_accumulation_fusion=False,
-        transformer_impl="local",
-        cuda_graph_scope=[],
+        **common_settings(config, substrate),
     )
+
+
+def common_settings(config: RunConfig, substrate: Substrate) -> dict[str, Any]:
+    """What does not depend on the model: loss, precision, layout, kernels.
+
+    One setting guards against megatron-core: interleaved stages need unbatched, overlapped point-to-point transfers, since with batched
+    ones at two pipeline ranks its losses are silently wrong (its own trainer refuses them, the core does not).
+    """
+    parallel = config.parallel
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    interleaved = parallel.virtual_pipeline > 1
+    on_cuda = substrate.device.type == "cuda"
+    return {
+        # The loss is a sum over tokens, divided once by the tokens of the whole step, so that no cut of the batch changes it
+        "calculate_per_token_loss": True,
+        # Precision
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": config.train.precision == "bf16",
+        # Layout
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Interleaved stages free an output before its send was waited for; gloo still reads it then, and the next stage gets garbage
+        "deallocate_pipeline_outputs": not (interleaved and substrate.backend == "gloo"),
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        # Kernels: on a CPU the embedding's ordinary backward is deterministic, and faster than the one this switch selects
+        "deterministic_mode": config.runtime.deterministic and on_cuda,
+        "gradient_accumulation_fusion": False,
+        "transformer_impl": "local",
+        "cuda_graph_scope": [],
+    }

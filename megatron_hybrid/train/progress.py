@@ -60,25 +60,25 @@ class Progress:
         self.num_steps = 0
         self.start_s = self.last_s = time.perf_counter()
 
-    def record(self, state: TrainState, result: StepResult, learning_rate: float) -> StepRecord:
-        """Describe the step that just ended; ``state`` already counts it."""
+    def record(self, state: TrainState, result: StepResult, learning_rate: float, num_samples: int) -> StepRecord:
+        """Describe the step of ``num_samples`` that just ended; ``state`` already counts it."""
         now_s = time.perf_counter()
         step_s, self.last_s = now_s - self.last_s, now_s
         self.num_steps += 1
-        samples_per_s = self.run.train.global_batch_size / step_s
+        samples_per_s = num_samples / step_s
         tflops = samples_per_s * self.flops_per_sample / self.substrate.world_size / 1e12
-        steps_left = -(-(self.run.total_samples - state.samples) // self.run.train.global_batch_size)
+        steps_left = self.run.steps_left(state.samples)
         return StepRecord(
             step=state.step,
             total_steps=state.step + steps_left,
-            tokens=state.samples * self.run.data.sequence_length,
+            tokens=state.samples * self.run.tokens_per_sample,
             samples=state.samples,
             total_samples=self.run.total_samples,
             metrics=result.metrics,
             grad_norm=result.grad_norm,
             learning_rate=learning_rate,
             step_s=step_s,
-            tokens_per_s=samples_per_s * self.run.data.sequence_length,
+            tokens_per_s=samples_per_s * self.run.tokens_per_sample,
             tflops_per_rank=tflops,
             mfu=tflops / self.peak_tflops if self.peak_tflops else None,
             memory_gib=_peak_memory_gib(self.substrate.device),

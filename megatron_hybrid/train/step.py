@@ -16,7 +16,7 @@ from megatron_hybrid.data.hashing import combine_hashes
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import RunError
 from megatron_hybrid.train.graph import MicroBatchGraph
-from megatron_hybrid.train.task import Metrics, StepData, Task
+from megatron_hybrid.train.task import Metrics, StatefulTask, StepData, Task
 
 
 class NonFiniteError(RunError):
@@ -58,6 +58,8 @@ def train_step(
     _, grad_norm, _ = optimizer.step()
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"gradient norm is {grad_norm} at loss {metrics['loss']:.6g}")
+    if isinstance(task, StatefulTask):
+        task.finish_step()
     return StepResult(metrics, float(grad_norm), _reduce_hash(data.partial_hash, substrate))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
@@ -66,3 +67,17 @@ class Task(Protocol):
 
     def check_fingerprint(self, saved: dict[str, Any]) -> None:
         """Raise ValueError, naming the difference, when a checkpoint's stream is not this task's."""
+
+
+@runtime_checkable
+class StatefulTask(Task, Protocol):
+    """A task that keeps something beside the weights, such as statistics of its targets, which a checkpoint has to hold."""
+
+    def finish_step(self) -> None:
+        """Called on every rank after each update: bring together what the step's micro-batches left, the same on all ranks."""
+
+    def sharded_state(self) -> dict[str, ShardedTensor]:
+        """What this rank has to save, by key, as megatron-core's distributed checkpoints want it."""
+
+    def take_state(self, loaded: dict[str, Tensor]) -> None:
+        """Take over what was saved, by key."""

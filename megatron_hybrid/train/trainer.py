@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from megatron_hybrid.train.optimizer import build_optimizer, gradient_finisher, 
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedule import learning_rate
 from megatron_hybrid.train.step import NonFiniteError, StepResult, train_step
-from megatron_hybrid.train.task import StepData, Task
+from megatron_hybrid.train.task import StatefulTask, StepData, Task
 
 _log = logging.getLogger(__name__)
 
@@ -49,12 +49,28 @@ class TrainState:
 
 
 class Trainer:
-    """Trains one task in one run directory."""
+    """Trains one task in one run directory.
+
+    Args:
+        run: the run; another room's configuration serves as well, where it has the same options for what the trainer reads.
+        task: what is trained.
+        config: megatron-core's settings of this rank.
+        substrate: where this rank stands.
+        callbacks: what watches the run, in order.
+        rate_at: samples seen at a step's end -> its learning rate. Unset: ``run.schedule`` over tokens.
+    """
 
     def __init__(
-        self, run: RunConfig, task: Task, config: TransformerConfig, substrate: Substrate, callbacks: Sequence[Callback] = ()
+        self,
+        run: RunConfig,
+        task: Task,
+        config: TransformerConfig,
+        substrate: Substrate,
+        callbacks: Sequence[Callback] = (),
+        rate_at: Callable[[int], float] | None = None,
     ) -> None:
         self.run, self.task, self.config, self.substrate, self.callbacks = run, task, config, substrate, callbacks
+        self.rate_at = rate_at or self._scheduled_rate
         self.state = TrainState()
         self.stop = StopRequest(substrate)
         self.chunks = wrap_data_parallel(task.build_chunks(), run, config)
@@ -92,7 +108,7 @@ class Trainer:
                 result = self._step(step_data)
                 self.state.step += 1
                 self.state.samples += step_data.num_samples
-                self._notify("after_step", progress.record(self.state, result, rate))
+                self._notify("after_step", progress.record(self.state, result, rate, step_data.num_samples))
                 self.store.finish_pending(blocking=False)
                 if self.run.checkpoint.every_steps and self.state.step % self.run.checkpoint.every_steps == 0:
                     self.save()
@@ -117,11 +133,13 @@ class Trainer:
         header = read_header(newest)
         check_header(header, model=self.task.architecture(), training=self._training_kind())
         self.task.check_fingerprint(header["data"])
-        wanted = {**self._sharded_state(is_loading=True), **self.scaling.wanted(header)}
+        wanted = {**self._sharded_state(is_loading=True), **self._task_state(), **self.scaling.wanted(header)}
         loaded = load(newest, wanted, group=self.substrate.control_group)
         self._take_weights(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
         self.scaling.take(loaded)
+        if isinstance(self.task, StatefulTask):
+            self.task.take_state(loaded.get("task", {}))
         self.state = TrainState(**header["state"])
         self.saved_step = self.state.step
         _log.info("resumed from %s at step %d", newest, self.state.step)
@@ -147,7 +165,8 @@ class Trainer:
             "training": self._training_kind(),
             **self.scaling.header(),
         }
-        self.store.save(self.state.step, {**self._sharded_state(is_loading=False), **self.scaling.sharded()}, header)
+        state = {**self._sharded_state(is_loading=False), **self._task_state(), **self.scaling.sharded()}
+        self.store.save(self.state.step, state, header)
         self.saved_step = self.state.step
 
     def report(self, kind: str, values: dict[str, Any]) -> None:
@@ -175,10 +194,18 @@ class Trainer:
         return self.stop.requested() or num_steps == self.run.train.exit_after_steps
 
     def _set_learning_rate(self, num_samples: int) -> float:
-        tokens_after = (self.state.samples + num_samples) * self.run.data.sequence_length
-        rate = learning_rate(self.run.schedule, self.run.optimizer, tokens_after, self.run.total_tokens)
+        rate = self.rate_at(self.state.samples + num_samples)
         set_learning_rate(self.optimizer, rate)
         return rate
+
+    def _scheduled_rate(self, samples_after: int) -> float:
+        run = self.run
+        return learning_rate(run.schedule, run.optimizer, samples_after * run.tokens_per_sample, run.total_tokens)
+
+    def _task_state(self) -> dict[str, Any]:
+        """The section of checkpoints that a task with a state of its own adds; none on ranks that hold nothing of it."""
+        state = self.task.sharded_state() if isinstance(self.task, StatefulTask) else {}
+        return {"task": state} if state else {}
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         model = self._sharded_model()

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 class ConsoleLog(Callback):
     """Prints the run's progress."""
 
-    def __init__(self, run: RunConfig) -> None:
-        self.every_steps = run.logging.every_steps
+    def __init__(self, run: RunConfig, unit: str = "tok") -> None:
+        self.every_steps, self.unit = run.logging.every_steps, unit
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         if record.step % self.every_steps == 0 or record.step == record.total_steps:
-            print(format_record(record), flush=True)
+            print(format_record(record, self.unit), flush=True)
 
     def after_validation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         sources = "  ".join(f"{source} {loss:.4f}" for source, loss in losses.items())
-        print(f"{'validation':>{_step_width(trainer.run.train.steps)}}  {sources}", flush=True)
+        print(f"{'validation':>{_step_width(trainer.run.total_steps)}}  {sources}", flush=True)
 
     def on_report(self, trainer: Trainer, kind: str, values: dict[str, Any]) -> None:
         if kind == "fp8_shadow":
-            width = _step_width(trainer.run.train.steps)
+            width = _step_width(trainer.run.total_steps)
             print(f"{'without float8':>{width}}  loss {values['exact_loss']:8.4f}  relative gap {values['relative_gap']:+.2e}", flush=True)
 
     def on_end(self, trainer: Trainer, exit_code: ExitCode) -> None:
@@ -39,14 +39,14 @@ class ConsoleLog(Callback):
         )
 
 
-def format_record(record: StepRecord) -> str:
+def format_record(record: StepRecord, unit: str = "tok") -> str:
     """The line of one step; every field has a fixed width, so that lines align."""
     fields = [
         f"{f'step {record.step}/{record.total_steps}':>{_step_width(record.total_steps)}}",
         *(f"{name} {value:8.4f}" for name, value in record.metrics.items()),
         f"grad {record.grad_norm:8.3f}",
         f"lr {record.learning_rate:.2e}",
-        f"{_scaled(record.tokens_per_s):>6} tok/s",
+        f"{_scaled(record.tokens_per_s):>6} {unit}/s",
         f"{record.tflops_per_rank:7.3f} TFLOP/s" + ("" if record.mfu is None else f" ({record.mfu:5.1%})"),
         f"{record.memory_gib:6.2f} GiB",
         f"data {record.samples:<{len(str(record.total_samples))}}",

@@ -1,0 +1,83 @@
+"""Cost of a fixed-resolution teacher per image: one image resized to its square per pass, against a k x k mosaic.
+
+    python -m benchmarks.mosaic [--size huge] [--sides 256 432] [--images 32] [--device cuda] [--dtype bf16]
+
+The teacher is a SAM image encoder of transformers with random weights (its cost does not depend on them). Both ways see the same images
+and give features on the grid of the student's patches; the ratio is the cost saved. On a CPU use --size tiny.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from vision_agglom.config.teachers import TeacherConfig
+from vision_agglom.images.mosaic import MosaicTeacher
+from vision_agglom.teachers import load_teacher
+
+SIZES = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "mlp_dim": 256, "global_attn_indexes": [3]},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_dim": 3072, "global_attn_indexes": [2, 5, 8, 11]},
+    "huge": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "mlp_dim": 5120,
+        "global_attn_indexes": [7, 15, 23, 31],
+    },
+}
+
+
+def measure(run: Callable[[], object], device: torch.device, repetitions: int) -> float:
+    """Return the best of the repetitions, in seconds, after one to warm up."""
+    best = float("inf")
+    for number in range(repetitions + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    """Print one line per image side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="huge", help="of the SAM encoder (default: %(default)s)")
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 432], help="of the images (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=32, help="images per measurement (default: %(default)s)")
+    parser.add_argument("--slice-size", type=int, default=2, help="canvases per forward pass (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    spec = TeacherConfig(
+        name="sam",
+        library="transformers",
+        model="sam",
+        pretrained=False,
+        options=SIZES[arguments.size],
+        resize_input=True,
+        slice_size=arguments.slice_size,
+    )
+    teacher = load_teacher(spec, device, dtype)
+    print(f"{'side':>5} {'mosaic':>7} {'plain ms/image':>15} {'mosaic ms/image':>16} {'saved':>7}")
+    for side in arguments.sides:
+        mosaic = MosaicTeacher(teacher, side, teacher.mean_C)
+        images = torch.rand(arguments.images, 3, side, side, device=device)
+        plain_s = measure(lambda images=images: teacher(images), device, arguments.repetitions) / arguments.images
+        mosaic_s = measure(lambda images=images, mosaic=mosaic: mosaic(images), device, arguments.repetitions) / arguments.images
+        layout = f"{mosaic.plan.per_side} x {mosaic.plan.per_side}"
+        print(f"{side:5} {layout:>7} {plain_s * 1e3:15.2f} {mosaic_s * 1e3:16.2f} {plain_s / mosaic_s:6.1f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

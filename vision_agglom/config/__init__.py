@@ -1,0 +1,1 @@
+"""What a distillation run is: typed, frozen, one documented field per option."""

@@ -1,0 +1,1 @@
+"""What a student is worth: functions over features, and the report that runs them all."""

@@ -1,0 +1,158 @@
+"""Teachers from a plain checkpoint: a file in the names of NVlabs' RADIO releases (and of our exports), or of a timm ViT.
+
+The file is opened with weights_only: tensors, plain types and argparse.Namespace, nothing that runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_agglom.config.teachers import TeacherConfig
+from vision_agglom.plain.vit import RGB, PlainViT, PlainViTShape
+from vision_agglom.teachers.tower import IMAGENET, Tower, build_seeded
+
+_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "so400m": 16, "giant": 16}
+"""Attention heads by the size in timm's model names, which no tensor's shape tells."""
+
+
+def build_tower(spec: TeacherConfig) -> Tower:
+    """Load the file ``spec.model``, or build a twin whose shape ``spec.options`` gives (fields of PlainViTShape).
+
+    ``spec.options`` may name num_heads, which a checkpoint holds only by its model's name, and mean and std of a timm file.
+
+    Raises:
+        ValueError: the file is no such checkpoint, or does not say how many heads it has.
+        OSError: there is no such file.
+    """
+    if not spec.pretrained:
+        shape = PlainViTShape(**_as_tuples(spec.options))
+        return _tower(build_seeded(spec.seed, lambda: PlainViT(shape)), fixed_resolution=False)
+    state, args = read_checkpoint(spec.model)
+    is_timm = "base_model.patch_generator.pos_embed" not in state
+    if is_timm:
+        state = _rename_timm(state)
+    model = PlainViT(_find_shape(state, args, spec.options))
+    heads = ("_heads.", "_feature_projections.")
+    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(heads) and name != "summary_idxs"})
+    return _tower(model, fixed_resolution=is_timm)
+
+
+def read_checkpoint(path: str) -> tuple[dict[str, Tensor], argparse.Namespace]:
+    """Return a file's state dict and arguments (an empty namespace for a bare state dict).
+
+    Raises:
+        ValueError: it holds something else than tensors and plain types, or no state dict.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises pickle, zip and runtime errors of many kinds
+        raise ValueError(f"not a checkpoint of tensors and plain types: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"expected a dictionary, got {type(loaded).__name__}")
+    args = loaded.get("args", argparse.Namespace())
+    state = next((loaded[key] for key in ("state_dict_ema", "state_dict", "model") if key in loaded), loaded)
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError("expected a state dict, or a dictionary that holds one as state_dict")
+    return dict(state), args
+
+
+def find_num_heads(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Return the number of attention heads that options, the arguments' model_kwargs or the model's name say.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    known = options.get("num_heads") or (getattr(args, "model_kwargs", None) or {}).get("num_heads")
+    if known:
+        return int(known)
+    name = str(getattr(args, "model", ""))
+    for size, num_heads in _HEADS.items():
+        if f"vit_{size}_" in name:
+            return num_heads
+    raise ValueError(f"the checkpoint's model {name!r} does not tell its number of attention heads; give options.num_heads")
+
+
+def _tower(model: PlainViT, fixed_resolution: bool) -> Tower:
+    side = model.shape.table_side * model.shape.patch_size
+    return Tower(
+        module=model,
+        describe=model.describe,
+        patch_size=model.shape.patch_size,
+        # A table is made for the largest side; RADIO is usually run at no more than 48 patches.
+        resolution=side if fixed_resolution else min(side, 48 * model.shape.patch_size),
+        fixed_resolution=fixed_resolution,
+        normalisation=(_rgb(model.input_conditioner.norm_mean), _rgb(model.input_conditioner.norm_std)),
+    )
+
+
+def _rgb(values: Tensor) -> RGB:
+    red, green, blue = values.flatten().tolist()
+    return red, green, blue
+
+
+def _find_shape(state: dict[str, Tensor], args: argparse.Namespace, options: dict[str, Any]) -> PlainViTShape:
+    embedder = state["base_model.patch_generator.embedder.weight"]
+    blocks = {name.split(".")[2] for name in state if name.startswith("base_model.blocks.")}
+    teachers = getattr(args, "teachers", None) or [{"name": "own"}]
+    names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
+    used = {teacher["name"] for teacher in teachers if teacher.get("use_summary", True)}
+    first_places = [[teacher["name"] for teacher in teachers].index(name) for name in names if name in used]
+    num_prefix = len(state["base_model.patch_generator.cls_token.token"])
+    num_cls_tokens = len(names) if getattr(args, "cls_token_per_teacher", True) else 1
+    return PlainViTShape(
+        hidden_size=len(embedder),
+        num_layers=len(blocks),
+        num_heads=find_num_heads(args, options),
+        patch_size=math.isqrt(embedder.shape[1] // 3),
+        mlp_hidden_size=len(state["base_model.blocks.0.mlp.fc1.weight"]),
+        num_cls_tokens=num_cls_tokens,
+        num_registers=num_prefix - num_cls_tokens,
+        summary_idxs=tuple(sorted(first_places)) if num_cls_tokens > 1 else (0,),
+        table_side=math.isqrt(state["base_model.patch_generator.pos_embed"].shape[1]),
+        final_norm="base_model.norm.weight" in state,
+        layer_scale="base_model.blocks.0.ls1.gamma" in state,
+        qkv_bias="base_model.blocks.0.attn.qkv.bias" in state,
+        patch_bias="base_model.patch_generator.embedder.bias" in state,
+    )
+
+
+def _rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring a timm ViT into NVlabs' names: its class token's own position is added to the token, which changes nothing."""
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise ValueError("expected parameters of NVlabs' RADIO (base_model.patch_generator...) or of a timm ViT (patch_embed.proj...)")
+    renamed = {f"base_model.{name}": tensor for name, tensor in state.items() if name.startswith(("blocks.", "norm."))}
+    prefix = [state[name][0] for name in ("cls_token", "reg_token") if name in state]
+    positions = state["pos_embed"]
+    num_positions = positions.shape[1]
+    num_prefix_positions = num_positions - math.isqrt(num_positions) ** 2
+    tokens = torch.cat(prefix) if prefix else torch.empty(0)
+    if not prefix or num_prefix_positions not in (0, len(tokens)):
+        raise ValueError("expected a timm ViT with a class token, and positions of all its tokens or of the patches alone")
+    tokens[:num_prefix_positions] += positions[0, :num_prefix_positions]
+    generator = "base_model.patch_generator"
+    renamed |= {
+        f"{generator}.embedder.weight": state["patch_embed.proj.weight"].flatten(1),
+        f"{generator}.pos_embed": positions[:, num_prefix_positions:],
+        f"{generator}.cls_token.token": tokens,
+        "input_conditioner.norm_mean": torch.tensor(IMAGENET[0]).view(3, 1, 1),
+        "input_conditioner.norm_std": torch.tensor(IMAGENET[1]).view(3, 1, 1),
+    }
+    if "patch_embed.proj.bias" in state:
+        renamed[f"{generator}.embedder.bias"] = state["patch_embed.proj.bias"]
+    return renamed
+
+
+def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(options) - {field.name for field in dataclasses.fields(PlainViTShape)})
+    if unknown:
+        raise ValueError(f"a plain ViT has no {', '.join(unknown)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
