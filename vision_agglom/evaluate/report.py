@@ -81,12 +81,12 @@ class Evaluation:
 
     def __init__(self, run: VisionConfig, radio: PlainRadio, step: int, teachers: Mapping[str, Teacher], substrate: Substrate) -> None:
         self.run, self.radio, self.step, self.substrate = run, radio, step, substrate
-        facts = {name: teacher.facts for name, teacher in teachers.items()}
-        self.panel = TeacherPanel(run.teachers, facts, teachers, substrate, None, torch.float32)
         options = run.evaluation.zero_shot
         learned = [teacher.name for teacher in run.teachers if teacher.summary_loss != "none"]
         if options is not None and options.teacher not in learned:
             raise ValueError(f"evaluation.zero_shot.teacher={options.teacher}: expected one whose summary is learned, of {learned}")
+        facts = {name: teacher.facts for name, teacher in teachers.items()}
+        self.panel = TeacherPanel(run.teachers, facts, teachers, substrate, None, torch.float32)
         for side in run.evaluation_resolutions if run.evaluation.images is not None else (run.evaluation_resolution,):
             for name in run.teacher_names:
                 self.panel.showing(name, side // run.student.patch_size)
