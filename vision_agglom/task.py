@@ -76,6 +76,9 @@ class Distillation:
         ValueError: a teacher, its view or its standardizer does not fit the run, or a batch does not divide over the ranks.
     """
 
+    # Resolutions, and the teachers that a step shows its images to, change from one micro-batch to the next.
+    is_capturable = False
+
     def __init__(
         self,
         run: VisionConfig,

@@ -67,6 +67,9 @@ class Distillation(Pretraining):
             layout.
     """
 
+    # Not tried yet with two models in one graph.
+    is_capturable = False
+
     def __init__(self, run: RunConfig, options: DistillOptions, config: TransformerConfig, substrate: Substrate) -> None:
         super().__init__(run, config, substrate)
         self.options = options
