@@ -1,8 +1,7 @@
 """Triton kernels that cast a matrix to float8 for NVIDIA's tensor cores, in one pass over it.
 
-Hopper multiplies float8 matrices only along the fast axis of both, so that a matrix used in forward and in backward is needed twice, once
-as it is and once transposed. One kernel reads it, applies what stands in front of the cast (squared ReLU, or its derivative), takes the
-amax, casts, and writes both.
+One kernel reads the matrix, applies what stands in front of the cast (squared ReLU, or its derivative), takes the amax and casts. Hopper
+multiplies float8 matrices only along the fast axis of both, so that one used in forward and in backward is needed transposed as well.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from megatron_hybrid.fp8.backends import Prologue
 from megatron_hybrid.fp8.formats import Float8Format
 
-_BLOCK_M, _BLOCK_K, _NUM_WARPS = 128, 128, 8
+_BLOCK_M, _BLOCK_K, _NUM_WARPS = 64, 128, 8
 
 
 @triton.jit
@@ -70,8 +69,7 @@ def _cast_kernel(
     other_ptr,
     scale_ptr,
     amax_ptr,
-    rows_ptr,
-    columns_ptr,
+    out_ptr,
     num_rows,
     num_columns,
     x_stride,
@@ -79,32 +77,17 @@ def _cast_kernel(
     LARGEST: tl.constexpr,
     PROLOGUE: tl.constexpr,
     RECORD_AMAX: tl.constexpr,
-    WRITE_ROWS: tl.constexpr,
-    WRITE_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Four rows are cast at a time, and their bytes put together into words, which are what is transposed: Triton 3.6 mixes up the elements
-    of 8-bit tiles that change their layout."""
-    quad = (tl.program_id(0).to(tl.int64) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4))[:, None]
-    column = (tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-    inside = (4 * quad < num_rows) & (column < num_columns)
-    scale = tl.load(scale_ptr)
-    largest = tl.zeros((BLOCK_M // 4, BLOCK_K), tl.float32)
-    words = tl.zeros((BLOCK_M // 4, BLOCK_K), tl.int32)
-    for i in tl.static_range(4):
-        row = 4 * quad + i
-        x = _load_tile(x_ptr, other_ptr, row, column, inside, x_stride, other_stride, PROLOGUE)
-        largest = tl.maximum(largest, tl.abs(x))
-        x_8 = _to_float8(x, scale, LARGEST, rows_ptr)
-        if WRITE_ROWS:
-            tl.store(rows_ptr + row * num_columns + column, x_8, mask=inside)
-        words |= x_8.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * i)
-    if WRITE_COLUMNS:
-        tl.store(columns_ptr + tl.trans(column) * (num_rows // 4) + tl.trans(quad), tl.trans(words), mask=tl.trans(inside))
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    column = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    inside = (row < num_rows) & (column < num_columns)
+    x = _load_tile(x_ptr, other_ptr, row, column, inside, x_stride, other_stride, PROLOGUE)
+    tl.store(out_ptr + row * num_columns + column, _to_float8(x, tl.load(scale_ptr), LARGEST, out_ptr), mask=inside)
     if RECORD_AMAX:
         # The maximum does not depend on the order of the programs.
-        tl.atomic_max(amax_ptr, tl.max(largest))
+        tl.atomic_max(amax_ptr, tl.max(tl.abs(x)))
 
 
 def _grid(x_MK: Tensor) -> tuple[int, int]:
@@ -149,37 +132,31 @@ def cast(
     columns: bool = True,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`backends.cast_plain`, the matrix and its transpose in one pass, both contiguous; x is contiguous along K, and M a multiple of 4.
+    """`backends.cast_plain` with a contiguous transpose; x is contiguous along K.
 
-    An amax passes over NaN, as the hardware's maximum does.
+    The transpose is torch's copy of the cast. Written by the same kernel it would save a read of it, but what Triton 3.6 compiled for the
+    transposed store was wrong on an H100 in every form tried (docs/log.md). An amax passes over NaN, as the hardware's maximum does.
     """
-    num_rows, num_columns = x_MK.shape
-    assert x_MK.stride(1) == 1 and num_rows % 4 == 0, (x_MK.shape, x_MK.stride())
-    if into is None:
-        x_8 = torch.empty(num_rows, num_columns, dtype=to.dtype, device=x_MK.device) if rows else None
-        x_8_transposed = torch.empty(num_columns, num_rows, dtype=to.dtype, device=x_MK.device) if columns else None
-    else:
-        x_8, x_8_transposed = into
+    assert x_MK.stride(1) == 1, x_MK.stride()
+    x_8 = torch.empty(x_MK.shape, dtype=to.dtype, device=x_MK.device) if into is None else into[0]
     other_MK = x_MK if other_MK is None else other_MK
-    some = x_8 if x_8 is not None else x_8_transposed
     _cast_kernel[_grid(x_MK)](
         x_MK,
         other_MK,
         scale,
         scale if amax is None else amax,
-        some if x_8 is None else x_8,
-        (some if x_8_transposed is None else x_8_transposed).view(torch.int32),
-        num_rows,
-        num_columns,
+        x_8,
+        *x_MK.shape,
         x_MK.stride(0),
         other_MK.stride(0),
         LARGEST=to.largest,
         PROLOGUE=prologue,
         RECORD_AMAX=amax is not None,
-        WRITE_ROWS=rows,
-        WRITE_COLUMNS=columns,
         BLOCK_M=_BLOCK_M,
         BLOCK_K=_BLOCK_K,
         num_warps=_NUM_WARPS,
     )
-    return x_8, x_8_transposed
+    if into is not None:
+        into[1].copy_(x_8.t())
+        return into
+    return x_8 if rows else None, x_8.t().contiguous() if columns else None

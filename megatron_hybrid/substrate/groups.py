@@ -48,7 +48,7 @@ def initialize(config: RunConfig, place: Place | None = None, store: dist.Store 
         torch.cuda.set_stream(torch.cuda.Stream(device))
     set_deterministic(config.runtime.deterministic)
     try:
-        control_group = _build_groups(config, place, store, backend, device)
+        control_group = _build_groups(config, place, store, backend)
         torch.manual_seed(config.seed)
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     except BaseException:
@@ -127,7 +127,7 @@ def set_deterministic(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _build_groups(config: RunConfig, place: Place, store: dist.Store, backend: str, device: torch.device) -> dist.ProcessGroup:
+def _build_groups(config: RunConfig, place: Place, store: dist.Store, backend: str) -> dist.ProcessGroup:
     """Build the groups of the whole job and of the layout; return the control group."""
     timeout = timedelta(seconds=config.runtime.timeout_s)
     dist.init_process_group(
@@ -136,7 +136,8 @@ def _build_groups(config: RunConfig, place: Place, store: dist.Store, backend: s
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
-        device_id=device if backend == "nccl" else None,
+        # No device_id: with it NCCL would make a communicator for each of megatron-core's twenty-odd groups at once, 7 GiB on an H100 of
+        # one rank. Without, a group gets one when it is first used.
     )
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
