@@ -1,13 +1,16 @@
-# make demo: the main job end to end on real text.  make test: every default test.
+# make demo: the main job end to end on real text.  make minipuzzle: a compression end to end.  make test: every default test.
 # Both make their own environment in .venv from setup.py's pins; PYTHON chooses the interpreter (3.10 to 3.12).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo minipuzzle test test-slow lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart/demo.py
+
+minipuzzle: $(VENV)/installed
+	$(BIN)/python -m examples.minipuzzle.demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -17,7 +20,7 @@ test-slow: $(VENV)/installed
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,serve,evaluate,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cpu,logging,huggingface,serve,evaluate,minipuzzle,test]"
 	touch $@
 
 lint: $(VENV)/installed

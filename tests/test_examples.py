@@ -8,13 +8,21 @@ import pytest
 
 from megatron_hybrid.config import load_config
 from megatron_hybrid.config.quantities import resolve_position
+from tools.minipuzzle.config import load_minipuzzle
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+COMPRESSIONS = [file for file in sorted((EXAMPLES / "minipuzzle").glob("*.yaml")) if "parent" not in file.stem]
+RUNS = [file for file in sorted(EXAMPLES.rglob("*.yaml")) if file not in COMPRESSIONS]
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(EXAMPLES)))
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: str(file.relative_to(EXAMPLES)))
 def test_example_loads(file: Path) -> None:
     assert load_config(file, []).train.steps > 0
+
+
+@pytest.mark.parametrize("file", COMPRESSIONS, ids=lambda file: file.stem)
+def test_compression_loads(file: Path) -> None:
+    assert load_minipuzzle(file).search.top_k > 0
 
 
 def test_nemotron_h_8b_is_the_papers_run() -> None:

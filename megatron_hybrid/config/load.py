@@ -52,6 +52,15 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _build(RunConfig, _read_tree(Path(source)), overrides, str(source))
 
 
+def load_section(section: type[_SectionT], source: str | Path, overrides: Sequence[str] = ()) -> _SectionT:
+    """Return what a YAML file and overrides describe, for a tool whose options are another tree than a run's.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    return _build(section, _read_tree(Path(source)), overrides, str(source))
+
+
 def load_model(source: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, ParallelConfig, int]:
     """Return model, layout and sequence length of a preset (8,192 tokens if no override says otherwise) or of a run's YAML file.
 

@@ -48,6 +48,11 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpu": "cross_entropy:linear_cross_entropy",
             "triton": "triton.cross_entropy:linear_cross_entropy",
         },
+        "linear_kl_divergence": {
+            "reference": "distillation:linear_kl_divergence_reference",
+            "cpu": "distillation:linear_kl_divergence",
+            "triton": "triton.distillation:linear_kl_divergence",
+        },
     }
 )
 """Operation -> implementation -> module in this package and function in it."""

@@ -92,7 +92,9 @@ def norm_launch(size: int) -> NormLaunch:
 
 
 def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch:
-    """The measured choice for Hopper; `head_dim` and `state_dim` are those of the model, before padding to powers of two.
+    """The choice for Hopper; `head_dim` and `state_dim` are those of the model, before padding to powers of two.
+
+    Chosen by bytes moved, and by the registers and shared memory the compiler reports (`tests/ops/compile_kernels.py`).
 
     fp32 keeps small chunks: its products run on the ordinary units, and its tiles take twice the shared memory.
     """
@@ -100,10 +102,11 @@ def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch
     if dtype == torch.float32:
         walk = WalkLaunch(block_p=min(block_p, 32), block_n=min(block_n, 32), num_warps=4, num_stages=1)
         return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), SourceLaunch(32, 4, 1), ProductLaunch(4, 1))
-    block_p, small = min(block_p, 64), block_p * block_n <= 64 * 128
-    walk = WalkLaunch(block_p, min(block_n, 64), num_warps=4, num_stages=3)
+    state_size = block_p * block_n
+    small = state_size <= 64 * 128
+    walk = WalkLaunch(min(block_p, 64), min(block_n, 64), num_warps=4, num_stages=3)
     # two stages of the widest states do not fit the shared memory
-    num_stages = 2 if block_size(head_dim) * block_n <= 128 * 128 else 1
+    num_stages = 2 if state_size <= 128 * 128 else 1
     return ScanLaunch(
         forward_chunk=128,
         backward_chunk=128 if small else 64,

@@ -1,0 +1,272 @@
+"""Stage 2: the grid, the exact optimum, and, where the parent has weights, the order on validation tokens. Leaves ``candidates.json``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_hybrid.config import ModelConfig, RunConfig
+from megatron_hybrid.substrate.context import Substrate
+from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.substrate.launch import run_on_ranks
+from megatron_hybrid.substrate.place import place_from_environment
+from tools.minipuzzle.candidate import Candidate
+from tools.minipuzzle.config import MiniPuzzleConfig, SearchConfig
+from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.latency import load_latency, save_latency
+from tools.minipuzzle.parent import Parent, find_parent
+from tools.minipuzzle.scores import SYNTHETIC, Scores, load_scores, read_json, require_same_checkpoint, synthetic_scores, write_json
+from tools.minipuzzle.search import Estimate, ffn_choices, search_grid, width_choices
+from tools.minipuzzle.solver import solve
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One line of ``candidates.json``."""
+
+    candidate: Candidate
+    damage: float
+    memory_gib: float
+    latency_ms: float | None = None
+    is_exact: bool = False
+    """Whether the integer program found it, instead of the grid."""
+    loss: float | None = None
+    accuracy: float | None = None
+    agreement: float | None = None
+    chosen: bool = False
+    """Whether it is pruned and distilled."""
+
+    @classmethod
+    def of(cls, estimate: Estimate, *, is_exact: bool = False) -> Listed:
+        """From what arithmetic says."""
+        return cls(estimate.candidate, estimate.damage, estimate.memory_gib, estimate.latency_ms, is_exact)
+
+
+def search(config: MiniPuzzleConfig) -> int:
+    """Run the stage; return the exit code.
+
+    Raises:
+        ValueError: nothing fits, or the scores are not of this parent.
+    """
+    files, parent = WorkFiles(config.work_dir), find_parent(config)
+    scores = scores_for(parent, files)
+    latency = None
+    if config.search.latency.limit_ms is not None:
+        if not files.latency.exists():
+            code = run_on_ranks(LatencyEntry(config), parent.forward_run(config.work_dir))
+            if code or place_from_environment(os.environ).launcher != "plain":
+                # Ranks that a launcher started meet once; the next start finds the times.
+                return code
+        latency = load_latency(files.latency)
+    start_s = time.perf_counter()
+    grid = search_grid(parent.model, scores, config.search, latency)
+    elapsed_s = time.perf_counter() - start_s
+    listed = [Listed.of(estimate) for estimate in grid]
+    exact = solve(parent.model, scores, config.search, latency) if config.search.solver else None
+    if exact is not None:
+        listed.append(Listed.of(exact, is_exact=True))
+    _print_search(config, parent, scores, listed, elapsed_s)
+    if parent.checkpoint is None:
+        save_candidates(listed, scores, files, config.search)
+        return ExitCode.FINISHED
+    to_run = [*listed[: config.search.num_evaluated], *(each for each in listed[config.search.num_evaluated :] if each.is_exact)]
+    for each in to_run:
+        # Before any work: whether the layout divides what is left.
+        parent.build_run(config.work_dir, each.candidate.model(parent.model), 1, optimizer={"lr": 1e-5})
+    return run_on_ranks(RankEntry(config, tuple(to_run), tuple(listed)), parent.forward_run(config.work_dir))
+
+
+def scores_for(parent: Parent, files: WorkFiles) -> Scores:
+    """Return the scores of a parent: from the score stage, or made up for a preset that has none.
+
+    Raises:
+        ValueError: there are none, or they are of other weights or another model.
+    """
+    if parent.checkpoint is None and not files.scores.exists():
+        return synthetic_scores(parent.model, parent.config.seed)
+    scores = load_scores(files.scores)
+    if parent.checkpoint is not None:
+        require_same_checkpoint(scores, parent.digest, files.scores)
+    elif scores.model != parent.model.architecture():
+        raise ValueError(f"{files.scores} scores another model than {parent.config.parent}; remove it, or choose another work_dir")
+    return scores
+
+
+def save_candidates(listed: list[Listed], scores: Scores, files: WorkFiles, options: SearchConfig) -> None:
+    """Write the stage's file."""
+    lines = [asdict(each) | {"candidate": each.candidate.to_json(), "name": each.candidate.name} for each in listed]
+    write_json(files.candidates, {"scores": scores.checkpoint, "options": options.model_dump(mode="json"), "candidates": lines})
+
+
+def load_candidates(files: WorkFiles, parent: ModelConfig) -> list[Listed]:
+    """Read the stage's file, edited or not.
+
+    Raises:
+        ValueError: it is missing, or a candidate in it is not made of the parent's parts.
+    """
+    content = read_json(files.candidates, "run the search stage first")
+    listed = []
+    for number, line in enumerate(content["candidates"]):
+        values: dict[str, Any] = {name: value for name, value in line.items() if name not in ("candidate", "name")}
+        candidate = Candidate.from_json(line["candidate"], parent, f"{files.candidates}, candidate {number}")
+        listed.append(Listed(candidate, **values))
+    return listed
+
+
+@dataclass(frozen=True)
+class LatencyEntry:
+    """Measures layers on each rank, and writes the times on rank 0."""
+
+    config: MiniPuzzleConfig
+
+    def __call__(self, run: RunConfig, substrate: Substrate) -> ExitCode:
+        """Measure."""
+        from tools.minipuzzle.timing import measure_latency
+
+        search_options = self.config.search
+        widths, ffn = list(width_choices(run.model, search_options)), ffn_choices(run.model, search_options)
+        model = measure_latency(run, substrate, search_options.latency, widths, ffn)
+        if substrate.rank == 0:
+            save_latency(model, WorkFiles(self.config.work_dir).latency)
+        return ExitCode.FINISHED
+
+
+@dataclass(frozen=True)
+class RankEntry:
+    """Runs candidates on validation tokens on each rank, and writes the file on rank 0."""
+
+    config: MiniPuzzleConfig
+    to_run: tuple[Listed, ...]
+    listed: tuple[Listed, ...]
+
+    def __call__(self, run: RunConfig, substrate: Substrate) -> ExitCode:
+        """Rank."""
+        parent = find_parent(self.config)
+        files = WorkFiles(self.config.work_dir)
+        scores = scores_for(parent, files)
+        ranked = rank_candidates(run, substrate, parent, scores, list(self.to_run))
+        if substrate.rank == 0:
+            rest = [each for each in self.listed if each.candidate not in {one.candidate for one in ranked}]
+            save_candidates([*ranked, *rest], scores, files, self.config.search)
+            print(_table(parent.model, ranked[:_SHOWN]), flush=True)
+        return ExitCode.FINISHED
+
+
+def rank_candidates(run: RunConfig, substrate: Substrate, parent: Parent, scores: Scores, candidates: list[Listed]) -> list[Listed]:
+    """Return the candidates by what they are worth on validation tokens, the best ``top_k`` chosen; collective.
+
+    Raises:
+        ValueError: the checkpoint or the validation text cannot be used.
+    """
+    from megatron_hybrid.convert.native import NativeSource
+    from megatron_hybrid.substrate.transformer_config import build_transformer_config
+    from megatron_hybrid.tasks.frozen import load_frozen_chunks
+    from tools.minipuzzle.evaluate import Predictions, measure_quality
+    from tools.minipuzzle.forward import StageForward
+    from tools.minipuzzle.pruning import select_parts
+
+    options = parent.config.search
+    config = build_transformer_config(run, substrate)
+    (chunk,) = load_frozen_chunks(run, parent.weights, config, substrate)
+    stage, source = StageForward(chunk, run, substrate), NativeSource(parent.weights)
+    batches = HeldOut(run, substrate, options.num_tokens)
+    parent_says: Predictions = {}
+    measure_quality(stage, batches, batches.num_samples, keep=parent_says)
+    ranked = []
+    for each in tqdm(candidates, desc="rank candidates", disable=substrate.rank != 0, file=sys.stdout):
+        selection = select_parts(parent.model, each.candidate, scores)
+        if each.candidate.keeps_widths(parent.model):
+            quality = measure_quality(stage, batches, batches.num_samples, parent_says=parent_says, selection=selection)
+        else:
+            child = _cut_child(parent, each.candidate, source, selection, substrate)
+            quality = measure_quality(child, batches, batches.num_samples, parent_says=parent_says)
+        ranked.append(replace(each, **asdict(quality)))
+    ranked.sort(key=lambda each: -quality_key(each, options.rank_by))
+    return [replace(each, chosen=place < options.top_k) for place, each in enumerate(ranked)]
+
+
+def quality_key(measured: Any, rank_by: str) -> float:
+    """Return what a model is ranked by, higher is better; ``measured`` has loss, accuracy and agreement."""
+    return -measured.loss if rank_by == "loss" else getattr(measured, rank_by)
+
+
+class HeldOut:
+    """The validation text, read anew every time it is iterated over.
+
+    Args:
+        run: names the sources; they share the tokens evenly.
+        substrate: this rank.
+        num_tokens: tokens of all sources together, at least.
+    """
+
+    def __init__(self, run: RunConfig, substrate: Substrate, num_tokens: int) -> None:
+        from megatron_hybrid.data.build import build_validation_streams
+
+        self._run, self._substrate = run, substrate
+        self._streams = build_validation_streams(run)
+        self.num_samples = -(-num_tokens // (run.data.sequence_length * len(self._streams)))
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        from tools.minipuzzle.forward import read_micro_batches
+
+        for name, stream in self._streams.items():
+            for batch in read_micro_batches(stream, self.num_samples, self._run, self._substrate):
+                yield name, batch
+
+
+def _cut_child(parent: Parent, candidate: Candidate, source: Any, selection: Any, substrate: Substrate) -> Any:
+    """A candidate's own model in this layout, with weights cut from the parent's checkpoint on the way."""
+    from megatron_hybrid.layers.specs import ops_for
+    from megatron_hybrid.layout.stages import plan_stages
+    from megatron_hybrid.model.hybrid import HybridModel
+    from megatron_hybrid.substrate.transformer_config import build_transformer_config
+    from tools.minipuzzle.evaluate import load_cut
+    from tools.minipuzzle.forward import StageForward
+    from tools.minipuzzle.prune import PrunedSource
+
+    run = parent.forward_run(parent.config.work_dir, candidate.model(parent.model))
+    stages, config = plan_stages(run.model, run.parallel, run.data.sequence_length), build_transformer_config(run, substrate)
+    chunk = HybridModel(
+        run.model,
+        config,
+        ops_for(substrate.device, config.params_dtype, choices=run.kernels, chunk_length=run.model.mamba_chunk_size),
+        layer_range=stages[substrate.pipeline_rank],
+        is_first_stage=substrate.pipeline_rank == 0,
+        is_last_stage=substrate.pipeline_rank == len(stages) - 1,
+    )
+    chunk.to(substrate.device).eval()
+    load_cut(chunk, PrunedSource(source, candidate, selection), substrate)
+    return StageForward(chunk, run, substrate)
+
+
+def _print_search(config: MiniPuzzleConfig, parent: Parent, scores: Scores, listed: list[Listed], elapsed_s: float) -> None:
+    grid, exact = [each for each in listed if not each.is_exact], [each for each in listed if each.is_exact]
+    if scores.checkpoint == SYNTHETIC:
+        print("no weights, no scores: the importance is made up; counts, patterns and memory are not")
+    print(f"{len(grid)} candidates of the grid fit, found in {elapsed_s:.1f} s; the least estimated damage first:")
+    print(_table(parent.model, [*grid[:_SHOWN], *exact]))
+    if exact and grid[0].damage > 0:
+        print(f"the exact optimum has {1 - exact[0].damage / grid[0].damage:.1%} less estimated damage than the grid's best")
+    sys.stdout.flush()
+
+
+def _table(parent: ModelConfig, listed: list[Listed]) -> str:
+    has_quality = any(each.loss is not None for each in listed)
+    head = f"{'':9}{'damage':>9} {'GiB':>8} {'ms':>8}" + (f" {'loss':>8} {'accuracy':>9} {'agrees':>7}" if has_quality else "")
+    lines = [head]
+    for each in listed:
+        mark = ("exact" if each.is_exact else "grid") + (" *" if each.chosen else "")
+        latency = "" if each.latency_ms is None else f"{each.latency_ms:.3f}"
+        line = f"{mark:9}{each.damage:9.4f} {each.memory_gib:8.4f} {latency:>8}"
+        if each.loss is not None:
+            line += f" {each.loss:8.4f} {each.accuracy:9.2%} {each.agreement:7.2%}"
+        lines.append(f"{line}  {each.candidate.describe(parent)}  {each.candidate.pattern(parent)}")
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""All stages, one after another, and each only as far as it is not done: started again, a plan goes on where it was stopped.
+
+    score -> search -> prune the chosen -> distil each for a short while -> distil the best for long, and the baselines -> report
+
+A stage is done when its file is there and was made with the present options; what a person edited in it is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
+from megatron_hybrid.substrate.exit_codes import ExitCode
+from megatron_hybrid.substrate.place import place_from_environment
+from tools.minipuzzle.config import MiniPuzzleConfig
+from tools.minipuzzle.distill import Kind, distill_options, train_candidate, training_run
+from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.parent import Parent, find_parent
+from tools.minipuzzle.rank import Listed, load_candidates, quality_key, search
+from tools.minipuzzle.results import load_results, measure_results, measure_speed, save_results, summarise, to_subject
+from tools.minipuzzle.score import score
+from tools.minipuzzle.scores import load_scores, read_json, require_same_checkpoint
+
+
+def run(config: MiniPuzzleConfig) -> int:
+    """Run what is left of the plan; return the exit code of the stage that ended it.
+
+    Raises:
+        ValueError: something does not fit; nothing was lost.
+    """
+    if is_launched():
+        raise ValueError(
+            "run starts the ranks of its stages itself; under torchrun or srun call score, search and distill (prune and report need no "
+            "ranks), each again until it has nothing left to do"
+        )
+    parent = find_parent(config)
+    distill_options(parent)
+    return next((code for code in _stages(parent) if code), ExitCode.FINISHED)
+
+
+def distill(config: MiniPuzzleConfig) -> int:
+    """Run what is left of the distillation stage; return the exit code.
+
+    Ranks that torchrun or srun started meet once: there, one training or measurement is done, and the same command does the next.
+
+    Raises:
+        ValueError: something does not fit; nothing was lost.
+    """
+    for code in distill_all(find_parent(config)):
+        if code:
+            return code
+        if is_launched() and code is not None:
+            print("done; start again for what comes next", flush=True)
+            return ExitCode.FINISHED
+    return ExitCode.FINISHED
+
+
+def is_launched() -> bool:
+    """Whether torchrun or srun started this process as one of several ranks."""
+    return place_from_environment(os.environ).launcher != "plain"
+
+
+def prune_chosen(parent: Parent) -> list[Listed]:
+    """Prune every chosen candidate that is not pruned yet, and return the chosen ones.
+
+    Raises:
+        ValueError: none is chosen, or the scores are not of this parent.
+    """
+    from megatron_hybrid.convert.native import NativeSource
+    from megatron_hybrid.convert.target import Layout
+    from tools.minipuzzle.prune import prune
+
+    files = WorkFiles(parent.config.work_dir)
+    chosen = chosen_candidates(parent)
+    scores = load_scores(files.scores)
+    require_same_checkpoint(scores, parent.digest, files.scores)
+    layout = Layout(parent.config.parallel.tensor, parent.config.parallel.pipeline)
+    for each in chosen:
+        prune(NativeSource(parent.weights), each.candidate, scores, files.pruned(each.candidate.name), layout)
+    return chosen
+
+
+def chosen_candidates(parent: Parent) -> list[Listed]:
+    """Return the candidates that are to be pruned.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = WorkFiles(parent.config.work_dir)
+    chosen = [each for each in load_candidates(files, parent.model) if each.chosen]
+    if not chosen:
+        raise ValueError(f"{files.candidates} has no candidate with chosen: true; set it for those that shall be pruned")
+    return chosen
+
+
+def distill_all(parent: Parent) -> Iterator[int | None]:
+    """Short runs, the choice of the winner, its long run and the baselines; yield each one's exit code, None where it was done already."""
+    files, chosen = WorkFiles(parent.config.work_dir), chosen_candidates(parent)
+    for number, each in enumerate(chosen, start=1):
+        yield _train(parent, each, "short", f"short distillation {number} of {len(chosen)}")
+    yield _measure(parent, chosen, ["short"])
+    results = load_results(files)
+    shorts = [each for each in results.models if each.kind == "short" and each.name in {one.candidate.name for one in chosen}]
+    results.winner = max(shorts, key=lambda each: quality_key(each, parent.config.search.rank_by)).name
+    if place_from_environment(os.environ).rank == 0:
+        save_results(results, files)
+    winner = next(each for each in chosen if each.candidate.name == results.winner)
+    kinds: list[Kind] = ["long"]
+    kinds += [kind for kind in ("finetune", "scratch") if getattr(parent.config.baselines, kind)]
+    for kind in kinds:
+        yield _train(parent, winner, kind, kind)
+    yield _measure(parent, [winner], kinds)
+
+
+def _stages(parent: Parent) -> Iterator[int | None]:
+    config, files = parent.config, WorkFiles(parent.config.work_dir)
+    if not _is_done(files.scores, config.score.model_dump(mode="json")):
+        print("score", flush=True)
+        yield score(config)
+    is_older = files.candidates.exists() and files.candidates.stat().st_mtime_ns < files.scores.stat().st_mtime_ns
+    if is_older or not _is_done(files.candidates, config.search.model_dump(mode="json")):
+        print("\nsearch", flush=True)
+        yield search(config)
+    print("\nprune", flush=True)
+    chosen = prune_chosen(parent)
+    yield _measure(parent, chosen, [])
+    yield from distill_all(parent)
+    results = load_results(files)
+    wanted = (config.search.latency.context_tokens, config.search.latency.batch_size)
+    if [(each.context_tokens, each.batch_size) for each in results.speeds] != [wanted] * 2:
+        winner = next(each for each in chosen if each.candidate.name == results.winner)
+        yield measure_speed(parent, winner.candidate.model(parent.model))
+    from tools.minipuzzle.report import write_report
+
+    page = write_report(parent)
+    print("\n" + "\n".join([*summarise(load_results(files)), str(page)]), flush=True)
+
+
+def _is_done(file: Path, options: dict) -> bool:
+    return file.exists() and read_json(file, "remove it and run again").get("options") == options
+
+
+def _train(parent: Parent, each: Listed, kind: Kind, title: str) -> int | None:
+    """One training, unless its last checkpoint is there: a finished run need not start ranks to find out."""
+    from megatron_hybrid.checkpoint.store import complete_steps
+
+    run_of = training_run(parent, each.candidate, kind)
+    if run_of.train.steps in complete_steps(run_of.run_dir / CHECKPOINTS_NAME):
+        return None
+    print(f"\n{title}: {each.candidate.name}, {run_of.total_tokens:,} tokens", flush=True)
+    return train_candidate(parent, each.candidate, kind)
+
+
+def _measure(parent: Parent, listed: list[Listed], kinds: list[Kind]) -> int | None:
+    """Pruned models, or trainings of them, on held-out text."""
+    files, subjects = WorkFiles(parent.config.work_dir), []
+    for each in listed:
+        subjects.append(to_subject("pruned", each.candidate, parent.model, files.pruned(each.candidate.name), 0))
+        for kind in kinds:
+            run_of = training_run(parent, each.candidate, kind)
+            subjects.append(to_subject(kind, each.candidate, parent.model, run_of.run_dir, run_of.total_tokens))
+    return measure_results(parent, subjects)
