@@ -87,7 +87,9 @@ def on_ranks(run: RunConfig) -> dict[str, Any]:
     return {"tokens": tokens, "scores": engine.score(prompts[:2], [149, 3])}
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, {"pipeline": 2}, pytest.param({"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_every_layout_gives_the_same_tokens(layout: dict[str, int], tmp_path: Path, run_ranks) -> None:
     (one,) = run_ranks(on_ranks, 1, run_of(tmp_path))
     run = run_of(tmp_path, parallel=layout)
