@@ -58,7 +58,7 @@ def load_section(section: type[_SectionT], source: str | Path, overrides: Sequen
     Raises:
         ConfigError: as ``load_config``.
     """
-    return _build(section, _read_tree(Path(source)), overrides, str(source))
+    return _build(section, read_tree(Path(source)), overrides, str(source))
 
 
 def load_model(source: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, ParallelConfig, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from torch import Tensor
@@ -50,8 +51,13 @@ def embed(model: HybridModel, tokens_B: Tensor) -> Tensor:
 def run_layers(model: HybridModel, hidden_BD: Tensor, caches: Sequence[Cache], here: Here, ops: DecodeOps) -> Tensor:
     """This stage's layers, [B, D] to [B, D], without the final norm; the caches take in the token."""
     for layer, cache in zip(model.decoder.layers, caches, strict=True):
-        hidden_BD = _LAYERS[type(layer)](layer, hidden_BD, cache, here, ops)
+        hidden_BD = run_layer(layer, hidden_BD, cache, here, ops)
     return hidden_BD
+
+
+def run_layer(layer: torch.nn.Module, hidden_BD: Tensor, cache: Cache, here: Here, ops: DecodeOps) -> Tensor:
+    """One layer, [B, D] to [B, D], residual included."""
+    return _LAYERS[type(layer)](layer, hidden_BD, cache, here, ops)
 
 
 def logits_of(model: HybridModel, hidden_BD: Tensor, ops: DecodeOps) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.hub import HubSource
 from megatron_hybrid.convert.rearrange import to_native
 from megatron_hybrid.convert.source import read_as
-from megatron_hybrid.generate.decode import generate_tokens
+from megatron_hybrid.generate.engine import Engine, Start
 from megatron_hybrid.generate.sampling import Sampling
 from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.model.hybrid import HybridModel
@@ -50,8 +50,9 @@ def our_side(path: Path, run: RunConfig) -> Found:
 
 def greedy(model: HybridModel, vocab_size: int) -> list[int]:
     prompt = TOKENS_BL[0, :20].tolist()
-    sampling = Sampling(temperature=0.0)
-    return list(generate_tokens(model, prompt, max_new_tokens=NUM_NEW_TOKENS, sampling=sampling, seed=0, vocab_size=vocab_size, eod_id=-1))
+    engine = Engine(model, max_batch_size=1, max_length=len(prompt) + NUM_NEW_TOKENS, vocab_size=vocab_size)
+    tokens = engine.prefill(0, [Start(prompt, Sampling(temperature=0.0), seed=0)])
+    return tokens + [engine.step().fetch()[0] for _ in range(NUM_NEW_TOKENS - 1)]
 
 
 def loss_of(logits_BLV: torch.Tensor) -> torch.Tensor:

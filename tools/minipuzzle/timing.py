@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from megatron_hybrid.config import ModelConfig, RunConfig
-from megatron_hybrid.generate.decode import Decoder, new_cache
+from megatron_hybrid.generate.engine import new_cache
+from megatron_hybrid.generate.step import Here, describe_position, embed, logits_of, run_layer, run_layers
 from megatron_hybrid.layers.specs import ops_for
 from megatron_hybrid.layout.pattern import ATTENTION, MAMBA, MLP
 from megatron_hybrid.model.hybrid import HybridModel
+from megatron_hybrid.ops.decode import DecodeOps, decode_ops_for
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from tools.minipuzzle.config import LatencyConfig
@@ -76,16 +79,9 @@ def time_decoding(runs: Mapping[str, RunConfig], substrate: Substrate, setting: 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(substrate.device)
         model = random_model(run, substrate)
-        decoder = Decoder(model, batch_size=setting.batch_size, max_length=setting.context_tokens)
-        _fill(decoder.caches)
-        tokens_BL = torch.zeros(setting.batch_size, 1, dtype=torch.int64, device=substrate.device)
-
-        def step(decoder: Decoder = decoder, tokens_BL: torch.Tensor = tokens_BL) -> None:
-            decoder.num_tokens = setting.context_tokens - 1
-            decoder.advance(tokens_BL)
-
-        decode_ms = _time(step, substrate, setting.repetitions)
-        buffers = [buffer for cache in decoder.caches if cache is not None for buffer in vars(cache).values()]
+        caches, here = _full_caches(model, substrate, setting)
+        decode_ms = _time(partial(_step, model, caches, here, decode_ops_for(substrate.device)), substrate, setting.repetitions)
+        buffers = [buffer for cache in caches if cache is not None for buffer in vars(cache).values()]
         size_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *buffers])
         peak_gib = torch.cuda.max_memory_allocated(substrate.device) / 2**30 if substrate.device.type == "cuda" else None
         timed[name] = DecodeTime(
@@ -97,7 +93,7 @@ def time_decoding(runs: Mapping[str, RunConfig], substrate: Substrate, setting: 
             size_bytes / 2**30,
             peak_gib,
         )
-        del model, decoder, step, buffers
+        del model, caches, buffers
     return timed
 
 
@@ -123,37 +119,50 @@ def random_model(run: RunConfig, substrate: Substrate) -> HybridModel:
     return model
 
 
-def _fill(caches: Iterable[object]) -> None:
+def _step(model: HybridModel, caches: list, here: Here, ops: DecodeOps) -> None:
+    logits_of(model, run_layers(model, embed(model, torch.zeros_like(here.position_B)), caches, here, ops), ops)
+
+
+def _full_caches(model: HybridModel, substrate: Substrate, setting: LatencyConfig) -> tuple[list, Here]:
+    """Caches full of noise up to the context's last token but one, and the position of that token."""
+    caches = [new_cache(layer, setting.batch_size, setting.context_tokens) for layer in model.decoder.layers]
     for cache in caches:
         for buffer in vars(cache).values() if cache is not None else ():
             buffer.normal_(0.0, 0.01)
+    position_B = torch.full((setting.batch_size,), setting.context_tokens - 1, dtype=torch.int64, device=substrate.device)
+    return caches, describe_position(model, position_B, torch.ones_like(position_B, dtype=torch.bool))
 
 
 def _measure_layers(run: RunConfig, substrate: Substrate, setting: LatencyConfig) -> tuple[float, dict[str, float]]:
     """Milliseconds of what is not in the layers, and of one layer of each kind."""
     model = random_model(run, substrate)
-    caches = [new_cache(layer, setting.batch_size, setting.context_tokens) for layer in model.decoder.layers]
-    _fill(caches)
-    tokens_BL = torch.zeros(setting.batch_size, 1, dtype=torch.int64, device=substrate.device)
-    sequence = model.describe_sequence(1, offset=setting.context_tokens - 1)
-    hidden_LBD = model.embedding(tokens_BL)
+    caches, here = _full_caches(model, substrate, setting)
+    token_B, ops = torch.zeros_like(here.position_B), decode_ops_for(substrate.device)
+    hidden_BD = embed(model, token_B)
     by_kind = {
-        kind: _time(lambda layer=layer, cache=cache: layer(hidden_LBD, sequence, cache), substrate, setting.repetitions)
+        kind: _time(lambda layer=layer, cache=cache: run_layer(layer, hidden_BD, cache, here, ops), substrate, setting.repetitions)
         for kind, layer, cache in zip(run.model.layer_kinds, model.decoder.layers, caches, strict=True)
     }
-    fixed = _time(lambda: model.output_layer.logits(model.decoder.final_norm(model.embedding(tokens_BL))), substrate, setting.repetitions)
-    return fixed, by_kind
+    return _time(lambda: logits_of(model, embed(model, token_B), ops), substrate, setting.repetitions), by_kind
 
 
 def _time(call: Callable[[], object], substrate: Substrate, repetitions: int) -> float:
+    """Median milliseconds of a call; on a GPU as a CUDA graph, which is how decoding runs there."""
+    for _ in range(_WARM_UP):
+        call()
+    if substrate.device.type == "cuda" and substrate.world_size == 1:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(substrate.device)
+        with torch.cuda.graph(graph):
+            call()
+        call = graph.replay
     elapsed = []
-    for repetition in range(_WARM_UP + repetitions):
+    for _ in range(repetitions):
         if substrate.device.type == "cuda":
             torch.cuda.synchronize(substrate.device)
         start_s = time.perf_counter()
         call()
         if substrate.device.type == "cuda":
             torch.cuda.synchronize(substrate.device)
-        if repetition >= _WARM_UP:
-            elapsed.append(1e3 * (time.perf_counter() - start_s))
+        elapsed.append(1e3 * (time.perf_counter() - start_s))
     return statistics.median(elapsed)
