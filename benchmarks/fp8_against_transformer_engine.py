@@ -19,7 +19,7 @@ from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScalin
 from megatron_hybrid.config import DelayedScalingConfig, Fp8Config
 from megatron_hybrid.fp8.backends import make_backend
 from megatron_hybrid.fp8.linear import Float8Linear
-from megatron_hybrid.fp8.scaling import new_scale, rolled, window_amax
+from megatron_hybrid.fp8.state import ScalingState
 from megatron_hybrid.ops.linear_accumulating import linear_accumulating
 
 TOKENS, INPUTS, OUTPUTS, STEPS, HISTORY = 512, 1024, 768, 50, 16
@@ -31,16 +31,6 @@ def make_linear(recipe: str) -> Float8Linear:
     return Float8Linear("linear", config, make_backend("transformer_engine"), linear_accumulating).cuda()
 
 
-def finish_step(linear: Float8Linear) -> None:
-    """What ``ScalingState.finish_step`` does, for one linear on one rank."""
-    largest_R = linear.scale_R.new_tensor([each.largest for each in linear.formats])
-    scale_R = new_scale(window_amax(linear.amax_history_RH, "max"), linear.scale_R, largest_R)
-    # Each inverse at an address of its own that cuBLASLt takes.
-    linear.inverse_scale_R = torch.ones(3, 4, device="cuda")[:, 0]
-    linear.set_scales(scale_R)
-    linear.amax_history_RH.copy_(rolled(linear.amax_history_RH))
-
-
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
 
@@ -48,8 +38,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def compare(recipe: str) -> dict[str, object]:
     torch.manual_seed(0)
     ours = make_linear(recipe)
-    if recipe == "delayed":
-        ours.inverse_scale_R = torch.ones(3, 4, device="cuda")[:, 0]
+    state = ScalingState([ours]) if recipe == "delayed" else None
     theirs = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, device="cuda")
     te_recipe = (
         DelayedScaling(fp8_format=Format.HYBRID, amax_history_len=HISTORY, amax_compute_algo="max")
@@ -72,8 +61,8 @@ def compare(recipe: str) -> dict[str, object]:
         for of_name, mine, peer in zip(distances.values(), own, (y, x.grad, theirs.weight.grad), strict=True):
             of_name.append(distance(mine, peer))
         x.grad = theirs.weight.grad = None
-        if recipe == "delayed":
-            finish_step(ours)
+        if state is not None:
+            state.advance()
             forward, backward = theirs.fp8_meta["scaling_fwd"], theirs.fp8_meta["scaling_bwd"]
             histories = torch.cat((forward.amax_history[:, :2], backward.amax_history[:, :1]), 1).t()
             scales = torch.cat((forward.scale[:2], backward.scale[:1]))

@@ -22,8 +22,9 @@ def test_a_cpu_takes_what_runs_anywhere() -> None:
     assert set(choose_implementations(torch.device("cpu"), torch.float32).values()) == {"cpu"}
 
 
-def test_a_gpu_takes_kernels_and_attention_by_precision_and_determinism() -> None:
+def test_a_gpu_takes_kernels_and_attention_by_precision_and_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     bf16 = choose_implementations(device, torch.bfloat16)
     assert bf16["attention"] == "cudnn" and bf16["linear"] == "cublas"
     assert {bf16[name] for name in OPERATIONS if name not in ("attention", "linear")} == {"triton"}
@@ -33,6 +34,17 @@ def test_a_gpu_takes_kernels_and_attention_by_precision_and_determinism() -> Non
         assert choose_implementations(device, torch.bfloat16)["attention"] == "sdpa"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_what_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match="kernels.embedding=triton needs a GPU"):
+        choose_implementations(cpu, torch.bfloat16, KernelsConfig(embedding="triton"))
+    with pytest.raises(ValueError, match="kernels.attention=cudnn cannot be had because it takes 16-bit numbers"):
+        choose_implementations(gpu, torch.float32, KernelsConfig(attention="cudnn"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_implementations(gpu, torch.bfloat16)["attention"] == "sdpa"
 
 
 def test_what_is_asked_for_is_taken() -> None:

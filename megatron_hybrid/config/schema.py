@@ -309,7 +309,8 @@ class Fp8Config(Section):
     """emulated: fp32 products of float8 numbers, on any device. scaled_mm, transformer_engine: float8 tensor cores through torch or through
     Transformer Engine. auto: emulated on a CPU, on a GPU Transformer Engine where it is installed."""
     telemetry_every_steps: int | None = Field(None, gt=0)
-    """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none."""
+    """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none. On a GPU such a step runs
+    beside the CUDA graph and needs a micro-batch's activations once more."""
     shadow_every_steps: int | None = Field(None, gt=0)
     """Steps between evaluations of the same batch in the working precision, which report the relative loss gap. Unset: none."""
 

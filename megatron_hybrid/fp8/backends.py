@@ -1,7 +1,7 @@
 """What casts to float8 and multiplies float8 matrices, on hosts that have hardware for it and on those that have not.
 
-A backend is a cast, an amax and a product. On GPUs both casts of a matrix, as it is and transposed, come from one Triton kernel, and the
-product is Transformer Engine's or torch's, both of them cuBLAS underneath.
+A backend is a cast, an amax and a product. On GPUs the cast is a Triton kernel, and the product is Transformer Engine's or torch's, both of
+them cuBLAS underneath.
 """
 
 from __future__ import annotations
@@ -211,12 +211,13 @@ def choose_implementation(implementation: str, device: torch.device) -> str:
     Raises:
         ValueError: nothing implements float8 on the device, or the implementation asked for does not run there.
     """
-    has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    has_transformer_engine = importlib.util.find_spec("transformer_engine_torch") is not None
     if implementation == "auto":
         implementation = "emulated" if device.type == "cpu" else "transformer_engine" if has_transformer_engine else "scaled_mm"
     if implementation == "transformer_engine" and not has_transformer_engine:
         raise ValueError(
-            "fp8.implementation=transformer_engine needs the package transformer-engine, which is not installed; install it, or set auto"
+            "fp8.implementation=transformer_engine needs transformer-engine with its torch part, which is not installed; "
+            'install "transformer-engine[pytorch]", or set fp8.implementation=auto'
         )
     if implementation != "emulated":
         _require_float8_cores(implementation, device)

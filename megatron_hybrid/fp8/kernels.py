@@ -95,7 +95,7 @@ def _grid(x_MK: Tensor) -> tuple[int, int]:
 
 
 def amax(x_MK: Tensor, *, prologue: Prologue = "none", other_MK: Tensor | None = None) -> Tensor:
-    """Largest magnitude of what the cast would be of, fp32 scalar. NaN is passed over, as the hardware's maximum does."""
+    """Largest magnitude of what the cast would be of, fp32 scalar; not defined where there is NaN."""
     result = torch.zeros((), dtype=torch.float32, device=x_MK.device)
     other_MK = x_MK if other_MK is None else other_MK
     _amax_kernel[_grid(x_MK)](
@@ -135,7 +135,8 @@ def cast(
     """`backends.cast_plain` with a contiguous transpose; x is contiguous along K.
 
     The transpose is torch's copy of the cast. Written by the same kernel it would save a read of it, but what Triton 3.6 compiled for the
-    transposed store was wrong on an H100 in every form tried (docs/log.md). An amax passes over NaN, as the hardware's maximum does.
+    transposed store was wrong on an H100 in every form tried (docs/log.md). What an amax makes of NaN is not defined: such a step has no
+    finite loss.
     """
     assert x_MK.stride(1) == 1, x_MK.stride()
     x_8 = torch.empty(x_MK.shape, dtype=to.dtype, device=x_MK.device) if into is None else into[0]

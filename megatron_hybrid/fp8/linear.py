@@ -35,11 +35,6 @@ class Float8Matrix:
     inverse_scale: Tensor
 
 
-def aligned_ones(*shape: int, device: torch.device | None = None) -> Tensor:
-    """fp32 ones that lie 16 bytes apart: cuBLASLt reads a scale at no other address."""
-    return torch.ones(*shape, 4, device=device)[..., 0]
-
-
 class Float8Linear(torch.nn.Module):
     """The product of one linear, called as ``linear(x, weight)`` is; the weight stays its owner's.
 
@@ -61,11 +56,12 @@ class Float8Linear(torch.nn.Module):
         self.enabled = True
         self.statistics_RS: Tensor | None = None
         self._held: Float8Matrix | None = None
-        self._is_held = False
+        self._held_address: int | None = None
         if recipe.recipe == "delayed":
             self.register_buffer("amax_history_RH", torch.zeros(len(ROLES), recipe.delayed.history_length))
             self.register_buffer("scale_R", torch.ones(len(ROLES)))
-            self.register_buffer("inverse_scale_R", aligned_ones(len(ROLES)), persistent=False)
+            # The first of each row is used; rows are 16 bytes apart, because cuBLASLt reads a scale at no other address.
+            self.register_buffer("inverse_scale_RA", torch.ones(len(ROLES), 4), persistent=False)
 
     def forward(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """Map [..., I] to [..., O] in the dtype of x; its gradients have the dtypes of x and of the weight."""
@@ -74,7 +70,7 @@ class Float8Linear(torch.nn.Module):
     def set_scales(self, scale_R: Tensor) -> None:
         """Take over scales of delayed scaling, and make their inverses."""
         self.scale_R.copy_(scale_R)
-        torch.reciprocal(self.scale_R, out=self.inverse_scale_R)
+        self.inverse_scale_RA[:, 0] = self.scale_R.reciprocal()
 
     def observe(self, device: torch.device | None) -> None:
         """Begin to gather statistics anew on ``device``, or stop (None)."""
@@ -87,15 +83,15 @@ class Float8Linear(torch.nn.Module):
         """
         into = None if self._held is None else (self._held.rows_MK, self._held.columns_KM, self._held.inverse_scale)
         self._held = self.cast(WEIGHT, weight_OI.detach(), into=into)
-        self._is_held = True
+        self._held_address = weight_OI.data_ptr()
 
     def release_weight(self) -> None:
         """Cast the weight at every call again."""
-        self._is_held = False
+        self._held_address = None
 
     def cast_weight(self, weight_OI: Tensor) -> Float8Matrix:
-        """The cast weight: the held one, or a fresh one."""
-        return self._held if self._is_held else self.cast(WEIGHT, weight_OI)
+        """The cast weight: the held one if it is of this weight's memory, or a fresh one."""
+        return self._held if self._held_address == weight_OI.data_ptr() else self.cast(WEIGHT, weight_OI)
 
     def cast(
         self,
@@ -112,7 +108,7 @@ class Float8Linear(torch.nn.Module):
         to = self.formats[role]
         amax = None
         if self.recipe.recipe == "delayed":
-            scale, inverse = self.scale_R[role], self.inverse_scale_R[role]
+            scale, inverse = self.scale_R[role], self.inverse_scale_RA[role, 0]
             amax = self.amax_history_RH[role, 0] if self.training else None
         else:
             scale, inverse = self.backend.scales(self.backend.amax(x_MK, prologue=prologue, other_MK=other_MK), to)

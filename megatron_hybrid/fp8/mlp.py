@@ -42,10 +42,11 @@ class _Float8Mlp(torch.autograd.Function):
         fc2: Float8Linear = ctx.fc2
         if ctx.recompute:
             y_8 = fc2.cast(INPUT, inner_MF, prologue="squared_relu", rows=False)
+        needs_dx, needs_dw1, needs_dw2, *_ = ctx.needs_input_grad
         dout_8 = fc2.cast(GRAD_OUTPUT, dout.reshape(-1, dout.shape[-1]))
-        dw2_OF = fc2.weight_gradient(dout_8, y_8, w2_OF)
+        dw2_OF = fc2.weight_gradient(dout_8, y_8, w2_OF) if needs_dw2 else None
         dy_MF = fc2.input_gradient(dout_8, w2_8, inner_MF.dtype)
         dinner_8 = fc1.cast(GRAD_OUTPUT, dy_MF, prologue="squared_relu_backward", other_MK=inner_MF)
-        dw1_FI = fc1.weight_gradient(dinner_8, x_8, w1_FI)
-        dx = fc1.input_gradient(dinner_8, w1_8, inner_MF.dtype).view(ctx.x_shape)
+        dw1_FI = fc1.weight_gradient(dinner_8, x_8, w1_FI) if needs_dw1 else None
+        dx = fc1.input_gradient(dinner_8, w1_8, inner_MF.dtype).view(ctx.x_shape) if needs_dx else None
         return dx, dw1_FI, dw2_OF, None, None, None

@@ -25,7 +25,8 @@ def new_scale(amax: Tensor, previous: Tensor, largest: Tensor | float, margin: i
         margin: powers of two left free above amax.
     """
     # One division of two tensors: a number over a tensor would be the number times a rounded reciprocal.
-    scale = (torch.as_tensor(largest, dtype=amax.dtype, device=amax.device) / amax / 2.0**margin).clamp(max=torch.finfo(torch.float32).max)
+    largest = largest if isinstance(largest, Tensor) else torch.full_like(amax, largest)
+    scale = (largest / amax / 2.0**margin).clamp(max=torch.finfo(torch.float32).max)
     return torch.where(torch.isfinite(amax) & (amax > 0), scale, previous)
 
 

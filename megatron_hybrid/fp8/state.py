@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_hybrid.fp8.linear import Float8Linear, aligned_ones
+from megatron_hybrid.fp8.linear import Float8Linear
 from megatron_hybrid.fp8.scaling import new_scale, rolled, window_amax
 
 
@@ -22,12 +22,11 @@ class ScalingState:
         self.delayed = linears[0].recipe.delayed
         self.amax_history_NRH = torch.stack([linear.amax_history_RH for linear in linears])
         self.scale_NR = torch.stack([linear.scale_R for linear in linears])
-        self.inverse_scale_NR = aligned_ones(*self.scale_NR.shape, device=self.scale_NR.device)
-        torch.reciprocal(self.scale_NR, out=self.inverse_scale_NR)
+        self.inverse_scale_NRA = torch.stack([linear.inverse_scale_RA for linear in linears])
         self.largest_R = self.scale_NR.new_tensor([each.largest for each in linears[0].formats])
         for index, linear in enumerate(linears):
             linear.amax_history_RH, linear.scale_R = self.amax_history_NRH[index], self.scale_NR[index]
-            linear.inverse_scale_R = self.inverse_scale_NR[index]
+            linear.inverse_scale_RA = self.inverse_scale_NRA[index]
 
     def finish_step(self, group: dist.ProcessGroup) -> None:
         """Agree on the step's amaxes among the ranks of ``group``, make the next step's scales, and roll the window; collective.
@@ -37,7 +36,11 @@ class ScalingState:
         staged_NR = self.amax_history_NRH[..., 0].contiguous()
         dist.all_reduce(staged_NR, dist.ReduceOp.MAX, group=group)
         self.amax_history_NRH[..., 0] = staged_NR
+        self.advance()
+
+    def advance(self) -> None:
+        """Make the next step's scales of the window, and roll it."""
         amax_NR = window_amax(self.amax_history_NRH, self.delayed.amax_algorithm)
         self.scale_NR.copy_(new_scale(amax_NR, self.scale_NR, self.largest_R, self.delayed.margin))
-        torch.reciprocal(self.scale_NR, out=self.inverse_scale_NR)
+        self.inverse_scale_NRA[..., 0] = self.scale_NR.reciprocal()
         self.amax_history_NRH.copy_(rolled(self.amax_history_NRH))

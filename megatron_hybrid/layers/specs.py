@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 
+from megatron_hybrid.config import KernelsConfig
 from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
 from megatron_hybrid.ops.rope import apply_rope
 
@@ -34,20 +34,43 @@ OPERATIONS = tuple(field.name for field in fields(Ops) if field.name != "apply_r
 """The operations that have more than one implementation."""
 
 
-class Choices(Protocol):
-    """What the user asks for, one attribute per operation, named as in ``KernelsConfig``; "auto" leaves it to the host."""
+_LEAST_CUDNN_CAPABILITY = (9, 0)
+"""From here on cuDNN's attention is the fastest, and takes every shape of ours."""
 
 
-def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Choices | None = None) -> dict[str, str]:
-    """The implementation of every operation: what is asked for, or else the fastest that runs on ``device`` in ``dtype``."""
+def choose_implementations(device: torch.device, dtype: torch.dtype, choices: KernelsConfig | None = None) -> dict[str, str]:
+    """The implementation of every operation: what is asked for, or else the fastest that runs on ``device`` in ``dtype``.
+
+    Raises:
+        ValueError: what is asked for does not run there.
+    """
     chosen = {name: "cpu" for name in OPERATIONS}
     if device.type == "cuda":
         # Versions named "cpu" are made of torch operations and run anywhere; a GPU has better ones.
         chosen |= {name: "triton" for name in OPERATIONS if "triton" in IMPLEMENTATIONS[name]} | {"linear": "cublas"}
-        # cuDNN's attention takes 16-bit numbers alone, and its backward adds in no fixed order.
-        chosen["attention"] = "cudnn" if dtype == torch.bfloat16 and not torch.are_deterministic_algorithms_enabled() else "sdpa"
+        is_new = torch.cuda.get_device_capability(device) >= _LEAST_CUDNN_CAPABILITY
+        chosen["attention"] = "cudnn" if is_new and _cudnn_obstacle(dtype) is None else "sdpa"
     asked = {} if choices is None else {name: getattr(choices, name) for name in OPERATIONS}
-    return chosen | {name: implementation for name, implementation in asked.items() if implementation != "auto"}
+    asked = {name: implementation for name, implementation in asked.items() if implementation != "auto"}
+    for name, implementation in asked.items():
+        _require_runs(name, implementation, device, dtype)
+    return chosen | asked
+
+
+def _require_runs(name: str, implementation: str, device: torch.device, dtype: torch.dtype) -> None:
+    if implementation in ("triton", "cublas", "cudnn") and device.type != "cuda":
+        raise ValueError(f"kernels.{name}={implementation} needs a GPU, this run is on a CPU; set it to auto, cpu or reference")
+    if implementation == "cudnn" and (obstacle := _cudnn_obstacle(dtype)):
+        raise ValueError(f"kernels.{name}=cudnn cannot be had because {obstacle}; change that, or set it to auto or sdpa")
+
+
+def _cudnn_obstacle(dtype: torch.dtype) -> str | None:
+    """Why cuDNN's attention does not run, in words that follow "because"; None where it does."""
+    if dtype != torch.bfloat16:
+        return f"it takes 16-bit numbers alone and this run computes in {dtype}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward adds in no fixed order and runtime.deterministic=true asks for one"
+    return None
 
 
 def make_ops(implementations: Mapping[str, str], *, chunk_length: int | None = None) -> Ops:
@@ -66,7 +89,7 @@ def make_ops(implementations: Mapping[str, str], *, chunk_length: int | None = N
     return replace(ops, **{name: partial(scan, chunk_length=chunk_length) for name, scan in chunked.items()})
 
 
-def ops_for(device: torch.device, dtype: torch.dtype, *, choices: Choices | None = None, chunk_length: int | None = None) -> Ops:
+def ops_for(device: torch.device, dtype: torch.dtype, *, choices: KernelsConfig | None = None, chunk_length: int | None = None) -> Ops:
     """The operations for a device, by ``choose_implementations`` and ``make_ops``."""
     return make_ops(choose_implementations(device, dtype, choices), chunk_length=chunk_length)
 

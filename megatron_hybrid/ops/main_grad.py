@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def has_main_grad(weight: Tensor) -> bool:
-    """Whether the data-parallel wrapper keeps a gradient buffer for this weight; outside training there is none."""
-    return getattr(weight, "main_grad", None) is not None
+    """Whether the data-parallel wrapper keeps a gradient buffer for this weight, and the weight is trained."""
+    return weight.requires_grad and getattr(weight, "main_grad", None) is not None
 
 
 def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor) -> None:
@@ -27,6 +27,7 @@ def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor) -> None:
 def mark_added(weight: Tensor) -> Tensor:
     """Tell the wrapper that main_grad already holds this micro-batch's gradient; return what autograd gets in the gradient's place.
 
+    All uses of the weight in a pass must add to main_grad themselves: the wrapper then takes nothing from autograd.
     The wrapper's hook wants a tensor of the weight's shape and dtype and never reads it: it gets a view of main_grad's own memory, which
     costs nothing.
     """

@@ -28,6 +28,7 @@ from megatron_hybrid.config.schema import check_layout
 from megatron_hybrid.data.loader import MicroBatch
 from megatron_hybrid.data.stream import require_same_data
 from megatron_hybrid.layers.linear import whole_sequence
+from megatron_hybrid.layers.specs import choose_implementations
 from megatron_hybrid.layout.flops import training_flops_per_token
 from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.model.hybrid import HybridModel
@@ -86,7 +87,9 @@ class Distillation(Pretraining):
         teacher_config = build_transformer_config(self.teacher_run, self.substrate)
         teachers = load_frozen_chunks(self.teacher_run, self.options.teacher, teacher_config, self.substrate)
         students = build_chunks(self.run, self.config, self.substrate)
-        kl_divergence = select("linear_kl_divergence", "triton" if self.substrate.device.type == "cuda" else "cpu")
+        # As the student's own loss is chosen: both add to the output layer's gradient, in the same way.
+        chosen = choose_implementations(self.substrate.device, self.config.params_dtype, self.run.kernels)
+        kl_divergence = select("linear_kl_divergence", chosen["linear_cross_entropy"])
         return [
             StudentAndTeacher(student, teacher, self.pipeline_config, self.options, kl_divergence)
             for student, teacher in zip(students, teachers, strict=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.parallel_state import get_amax_reduction_group
 
 from megatron_hybrid.checkpoint.agreement import gather
@@ -19,6 +20,7 @@ from megatron_hybrid.checkpoint.sharding import shard_copies
 from megatron_hybrid.config import Fp8Config
 from megatron_hybrid.fp8.linear import Float8Linear
 from megatron_hybrid.fp8.state import ScalingState
+from megatron_hybrid.layers.linear import NormColumnParallelLinear, ResidualRowParallelLinear
 from megatron_hybrid.substrate.context import Substrate
 
 _log = logging.getLogger(__name__)
@@ -30,9 +32,15 @@ def float8_linears(chunks: Sequence[torch.nn.Module]) -> list[Float8Linear]:
 
 
 @contextlib.contextmanager
-def held_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Cast every float8 weight once, and use these casts within: over the micro-batches of a step the weights stay what they are."""
-    owners = [module for chunk in chunks for module in chunk.modules() if isinstance(getattr(module, "product", None), Float8Linear)]
+def held_weights(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Cast every float8 weight once, and use these casts within: over the micro-batches of a step the weights stay what they are.
+
+    Not with overlapped gathers, where the weights of this step are there only once forward needs them; and not of linears that multiply by
+    something made of their weight.
+    """
+    linears = (NormColumnParallelLinear, ResidualRowParallelLinear)
+    modules = [] if chunks[0].ddp_config.overlap_param_gather else [module for chunk in chunks for module in chunk.modules()]
+    owners = [module for module in modules if isinstance(module, linears) and isinstance(module.product, Float8Linear)]
     for owner in owners:
         owner.product.hold_weight(owner.weight)
     try:

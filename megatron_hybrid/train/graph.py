@@ -32,6 +32,9 @@ def graph_obstacle(run: RunConfig, task: Task, substrate: Substrate) -> str | No
         return "the task does not launch the same kernels for every micro-batch"
     if run.parallel.pipeline > 1:
         return f"parallel.pipeline={run.parallel.pipeline} exchanges activations within a step"
+    if run.parallel.tensor > 1:
+        # Not tried: NCCL cannot take a communicator down while a graph holds its collectives.
+        return f"parallel.tensor={run.parallel.tensor} communicates within a pass"
     if run.parallel.overlap_grad_reduce:
         return "parallel.overlap_grad_reduce=true starts reductions within a backward pass"
     if run.parallel.recompute != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from megatron.core.parallel_state import (
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import OptimizerConfig, RunConfig
 from megatron_hybrid.train.mended_optimizers import mend
 
 
@@ -76,6 +77,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     if config.use_precision_aware_optimizer:
         optimizer.__class__ = ScalingOptimizer
         optimizer.use_remainders()
+    apply_options(optimizer, options)
     return optimizer
 
 
@@ -84,8 +86,9 @@ def _keeps_remainders(run: RunConfig, chunks: list[DistributedDataParallel]) -> 
 
     megatron-core lets an optimizer keep masters only where Transformer Engine is installed.
     """
+    has_transformer_engine = importlib.util.find_spec("transformer_engine_torch") is not None
     on_cuda = next(chunks[0].parameters()).is_cuda
-    return on_cuda and not USING_PYTORCH_OPTIMIZER and run.train.precision == "bf16" and run.parallel.distributed_optimizer
+    return on_cuda and has_transformer_engine and run.train.precision == "bf16" and run.parallel.distributed_optimizer
 
 
 class ScalingOptimizer(ChainedOptimizer):
@@ -131,6 +134,19 @@ def gradient_finisher(optimizer: MegatronOptimizer) -> Callable[..., None]:
     return finish
 
 
+def apply_options(optimizer: MegatronOptimizer, options: OptimizerConfig) -> None:
+    """Make the run's options those of every parameter group.
+
+    megatron-core only marks the groups that are not to decay (``wd_mult``) and leaves it to its trainer's scheduler to act on that; and a
+    loaded checkpoint brings the options that it was saved with.
+    """
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = (options.beta1, options.beta2), options.eps
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+        if USING_PYTORCH_OPTIMIZER:
+            group["fused"] = True
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Set the rate of every parameter group for the next step."""
     for group in optimizer.param_groups:
@@ -138,9 +154,8 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
 
 
 def _allocate_state(adamw: torch.optim.AdamW) -> None:
-    """Choose AdamW's fused update, and give it its whole state now, so that a checkpoint looks the same before and after the first step."""
+    """Give AdamW its whole state now, so that a checkpoint looks the same before and after the first step."""
     for group in adamw.param_groups:
-        group["fused"] = True
         for parameter in group["params"]:
             adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

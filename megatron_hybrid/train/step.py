@@ -15,6 +15,7 @@ from torch import distributed
 from megatron_hybrid.data.hashing import combine_hashes
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import RunError
+from megatron_hybrid.train.float8 import held_weights
 from megatron_hybrid.train.graph import MicroBatchGraph
 from megatron_hybrid.train.task import Metrics, StatefulTask, StepData, Task
 
@@ -46,18 +47,22 @@ def train_step(
     """Run forward and backward over the step's micro-batches, through ``graph`` where there is one, and update the weights.
 
     Raises:
-        NonFiniteError: before the update if the loss is not finite, after it if only the gradient norm is not.
+        NonFiniteError: the loss is not finite, before the update; or the gradient norm is not, and then the message says whether the
+            weights were updated.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    per_micro_batch = _run_schedule(task, chunks, data, forward_only=False) if graph is None else graph.run(data)
+    with held_weights(chunks):
+        per_micro_batch = _run_schedule(task, chunks, data, forward_only=False) if graph is None else graph.run(data)
     metrics = _reduce(task, per_micro_batch, substrate)
     if not math.isfinite(metrics["loss"]):
         raise NonFiniteError(f"loss is {metrics['loss']}; the weights were not updated")
-    _, grad_norm, _ = optimizer.step()
+    updated, grad_norm, _ = optimizer.step()
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(f"gradient norm is {grad_norm} at loss {metrics['loss']:.6g}")
+        raise NonFiniteError(
+            f"gradient norm is {grad_norm} at loss {metrics['loss']:.6g}; the weights were {'' if updated else 'not '}updated"
+        )
     if isinstance(task, StatefulTask):
         task.finish_step()
     return StepResult(metrics, float(grad_norm), _reduce_hash(data.partial_hash, substrate))

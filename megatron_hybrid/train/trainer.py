@@ -26,10 +26,10 @@ from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.signals import StopRequest
 from megatron_hybrid.train.callback import Callback
-from megatron_hybrid.train.float8 import ScalingCheckpoint, held_weights, is_observed, with_scale_update
+from megatron_hybrid.train.float8 import ScalingCheckpoint, is_observed, with_scale_update
 from megatron_hybrid.train.graph import MicroBatchGraph, make_graph
 from megatron_hybrid.train.mended_optimizers import sharded_state
-from megatron_hybrid.train.optimizer import build_optimizer, gradient_finisher, set_learning_rate, wrap_data_parallel
+from megatron_hybrid.train.optimizer import apply_options, build_optimizer, gradient_finisher, set_learning_rate, wrap_data_parallel
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedule import learning_rate
 from megatron_hybrid.train.step import NonFiniteError, StepResult, train_step
@@ -137,6 +137,11 @@ class Trainer:
         loaded = load(newest, wanted, group=self.substrate.control_group)
         self._take_weights(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
+        apply_options(self.optimizer, self.run.optimizer)
+        if self.run.parallel.distributed_optimizer:
+            # Loading wrote this rank's shards of the weights, which may be rounded otherwise than the other ranks' copies of them.
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         self.scaling.take(loaded)
         if isinstance(self.task, StatefulTask):
             self.task.take_state(loaded.get("task", {}))
@@ -175,9 +180,7 @@ class Trainer:
 
     def _step(self, step_data: StepData) -> StepResult:
         try:
-            # With overlapped gathers the weights of this step are there only once forward needs them.
-            with contextlib.nullcontext() if self.run.parallel.overlap_param_gather else held_weights(self.chunks):
-                return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, self._graph_of_step())
+            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, self._graph_of_step())
         except NonFiniteError as error:
             # Every rank is here; a save that is still being written is not given up.
             self.store.finish_pending(blocking=True)

@@ -59,10 +59,12 @@ def test_a_held_weight_is_used_until_it_is_released() -> None:
     x, old, new = torch.randn(16, 16), torch.randn(32, 16), torch.randn(32, 16)
     expected_old, expected_new = fc1(x, old), fc1(x, new)
     fc1.hold_weight(old)
-    first = fc1.cast_weight(new).rows_MK.data_ptr()
-    assert torch.equal(fc1(x, new), expected_old)
-    fc1.hold_weight(new)
-    assert fc1.cast_weight(old).rows_MK.data_ptr() == first, "the memory stays, for CUDA graphs"
+    assert torch.equal(fc1(x, new), expected_new), "another weight is cast anew"
+    held = fc1.cast_weight(old).rows_MK
+    old.copy_(new)
+    assert torch.equal(fc1(x, old), expected_old), "the cast is the one that was made"
+    fc1.hold_weight(old)
+    assert fc1.cast_weight(old).rows_MK.data_ptr() == held.data_ptr(), "the memory stays, for CUDA graphs"
     assert torch.equal(fc1(x, old), expected_new)
     fc1.release_weight()
-    assert torch.equal(fc1(x, old), expected_old)
+    assert fc1.cast_weight(old).rows_MK.data_ptr() != held.data_ptr()

@@ -26,6 +26,7 @@ def test_pretraining_on_one_gpu_has_no_obstacle(tmp_path: Path) -> None:
         ({}, CAPTURABLE, ON_CPU, "not on a GPU"),
         ({}, VARYING, ON_GPU, "does not launch the same kernels"),
         ({"pipeline": 2}, CAPTURABLE, ON_GPU, "parallel.pipeline=2"),
+        ({"tensor": 2}, CAPTURABLE, ON_GPU, "parallel.tensor=2"),
         ({"overlap_grad_reduce": True}, CAPTURABLE, ON_GPU, "overlap_grad_reduce=true"),
         ({"recompute": "full"}, CAPTURABLE, ON_GPU, "recompute=full"),
     ],
