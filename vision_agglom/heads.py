@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_hybrid.layers.parameters import declare, normal, ones
 from vision_agglom.students.layers import zeros
 from vision_agglom.students.ops import VisionOps
+from vision_agglom.targets.standardizers import Turn
 
 _NORM_EPS = 1e-5
 """torch.nn.LayerNorm's, which readers of exported heads build."""
@@ -45,9 +46,10 @@ class Linear(torch.nn.Module):
         declare(self.weight, initializer=normal(config.init_method_std))
         declare(self.bias, initializer=zeros)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., input_size] to [..., output_size]."""
-        return self.product(x, self.weight) + self.bias
+    def forward(self, x: Tensor, turn: Turn | None = None) -> Tensor:
+        """Map [..., input_size] to [..., output_size], turned into another space where one is given."""
+        weight, bias = (self.weight, self.bias) if turn is None else turn.fold(self.weight, self.bias)
+        return self.product(x, weight) + bias
 
 
 class LayerNorm(torch.nn.Module):
@@ -81,12 +83,13 @@ class AdaptorHead(torch.nn.Module):
         )
         self.final = torch.nn.Sequential(LayerNorm(hidden_size, *shared), torch.nn.GELU(), Linear(hidden_size, output_size, *shared))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., input_size] to [..., output_size]."""
+    def forward(self, x: Tensor, turn: Turn | None = None) -> Tensor:
+        """Map [..., input_size] to [..., output_size], turned into another space where one is given."""
         x = self.fc1(x)
         for block in self.blocks:
             x = x + block(x)
-        return self.final(x)
+        norm, activation, last = self.final
+        return last(activation(norm(x)), turn)
 
 
 class TeacherHeads(torch.nn.Module):

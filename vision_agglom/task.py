@@ -399,7 +399,7 @@ class Distillation:
         """("spatial" or "summary", loss [B]) of one teacher."""
         options, tracker = self.run.teacher(name), self.trackers[name]
         target_BTC = tracker.transformation.normalize(features.spatial_BTC)
-        matched = match_grids(heads.spatial[name](patches_BTD), student_view, target_BTC, view)
+        matched = match_grids(heads.spatial[name](patches_BTD, tracker.turn), student_view, target_BTC, view)
         if options.spatial_loss == "mse":
             yield "spatial", losses.spatial_mse(matched.student_BTC, matched.teacher_BTC, matched.mask_BT)
         else:

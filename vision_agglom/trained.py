@@ -86,7 +86,7 @@ def to_plain(
 
     Args:
         model: all stages in one; its spectral estimates are those of evaluation.
-        transformations: teacher -> the normalisation that its spatial head's targets had.
+        transformations: teacher -> the normalisation in whose space its spatial head's output is.
     """
     student = run.student
     summaries = tuple(index for index, head in enumerate(heads) if head.summary_channels is not None)
@@ -201,13 +201,13 @@ def _build_model(run: VisionConfig, heads: list[HeadShape], learns_uncertainty: 
 
 
 def _load_state(checkpoint: Path, model: StudentModel, heads: list[HeadShape], substrate: Substrate) -> dict[str, Transformation]:
-    """Read the weights and the singular vectors into the model; return the teachers' normalisations."""
+    """Read the weights and the singular vectors into the model; return the normalisations of the heads' spaces."""
     groups = (substrate.tensor_group, substrate.data_group)
     task: dict[str, Tensor] = {}
     for head in heads:
         identity = Transformation.identity(head.spatial_channels)
         parts = {"forward": identity.forward_CC, "inverse": identity.inverse_CC, "offset": identity.mean_C}
-        task |= {f"targets.{head.name}.{part}": tensor for part, tensor in parts.items()}
+        task |= {f"targets.{head.name}.head.{part}": tensor for part, tensor in parts.items()}
     vectors = {
         f"spectral.{name}.{side}": getattr(module.spectral, buffer)
         for name, module in model.named_modules()
@@ -229,5 +229,5 @@ def _load_state(checkpoint: Path, model: StudentModel, heads: list[HeadShape], s
             vector.copy_(loaded["task"][name].view_as(vector))
     saved = loaded["task"]
     return {
-        head.name: Transformation(*(saved[f"targets.{head.name}.{part}"] for part in ("forward", "inverse", "offset"))) for head in heads
+        head.name: Transformation(*(saved[f"targets.{head.name}.head.{part}"] for part in ("forward", "inverse", "offset"))) for head in heads
     }

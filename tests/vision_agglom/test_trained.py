@@ -44,7 +44,7 @@ def train_and_describe(run: VisionConfig) -> Outputs:
         outputs["prefix"], outputs["spatial"] = features.prefix_BSD, features.patches_BTD
         for index, name in enumerate(run.teacher_names):
             spatial = chunk.heads.spatial[name](features.patches_BTD)
-            outputs[f"{name}.spatial"] = task.trackers[name].transformation.denormalize(spatial)
+            outputs[f"{name}.spatial"] = task.trackers[name].head_space.denormalize(spatial)
             if name in chunk.heads.summary:
                 outputs[f"{name}.summary"] = chunk.heads.summary[name](features.prefix_BSD[:, index])
     shutdown(substrate)

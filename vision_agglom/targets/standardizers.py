@@ -62,6 +62,35 @@ class Transformation:
         ).flatten()
 
 
+@dataclass(frozen=True)
+class Turn:
+    """From one normalised space of a teacher to another: y'_new = A y'_old + c.
+
+    Both stand for the same y, so A = T_new Theta_old and c = T_new (mu_old - mu_new). A head that learned the old targets gives the new
+    ones once A and c are folded into its last linear, and what it says in the teacher's own space stays what it was.
+    """
+
+    matrix_CC: Tensor
+    """A, fp32."""
+    offset_C: Tensor
+    """c, fp32."""
+
+    @classmethod
+    def between(cls, old: Transformation, new: Transformation) -> Turn | None:
+        """None where both are the same."""
+        pairs = ((old.forward_CC, new.forward_CC), (old.inverse_CC, new.inverse_CC), (old.mean_C, new.mean_C))
+        if all(torch.equal(before, after) for before, after in pairs):
+            return None
+        matrix_CC = new.forward_CC.double() @ old.inverse_CC.double()
+        offset_C = new.forward_CC.double() @ (old.mean_C.double() - new.mean_C.double())
+        return cls(matrix_CC.float(), offset_C.float())
+
+    def fold(self, weight_CI: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias, in their own dtype and differentiable, of the linear that gives y'_new where the given one gives y'_old."""
+        weight, bias = self.matrix_CC @ weight_CI.float(), self.matrix_CC @ bias_C.float() + self.offset_C
+        return weight.to(weight_CI.dtype), bias.to(bias_C.dtype)
+
+
 def check_standardizer(kind: Standardizer, channels: int) -> None:
     """Refuse a normalisation that the number of channels does not allow, before anything is computed.
 

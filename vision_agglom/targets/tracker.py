@@ -3,6 +3,9 @@
 Statistics are gathered during the first steps of each stage. What a step sees is merged over all ranks when the step ends, so that all
 micro-batches of a step, on whatever rank, have the same targets. Before a stage's first step the same images are looked at once without
 training.
+
+The head keeps to the space of its first targets for the whole run. Later statistics turn its output into the space of the present ones
+(``turn``): they change the metric in which its error is measured, and not what it says of the teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from megatron_hybrid.substrate.context import Substrate
 from vision_agglom.config.distill import DistilledTeacherConfig, StatisticsConfig
 from vision_agglom.contract import TeacherFacts, TeacherFeatures
 from vision_agglom.losses import angle
-from vision_agglom.targets.standardizers import Transformation, check_standardizer, make_transformation
+from vision_agglom.targets.standardizers import Transformation, Turn, check_standardizer, make_transformation
 from vision_agglom.targets.statistics import Moments
 
 
@@ -37,6 +40,12 @@ class TargetTracker:
             raise ValueError(f"teacher {teacher.name!r}: {error}") from None
         self.moments, self._pending = Moments.empty(channels, device), Moments.empty(channels, device)
         self.transformation = Transformation.identity(channels, device)
+        """Of the present targets."""
+        self.head_space = Transformation.identity(channels, device)
+        """Of the first ones, in whose space the spatial head's own output is."""
+        self._has_head_space = torch.zeros(1, dtype=torch.int64, device=device)
+        self.turn: Turn | None = None
+        """From the head's space to the present targets'; None while they are the same."""
         summary = facts.summary_channels or 1
         self._summary_sum_C = torch.zeros(summary, dtype=torch.float64, device=device)
         self._pending_sum_C = torch.zeros_like(self._summary_sum_C)
@@ -113,9 +122,11 @@ class TargetTracker:
         yield "count", self.moments.count
         yield "mean", self.moments.mean_C
         yield "scatter", self.moments.scatter_CC
-        yield "forward", self.transformation.forward_CC
-        yield "inverse", self.transformation.inverse_CC
-        yield "offset", self.transformation.mean_C
+        for space, transformation in (("targets", self.transformation), ("head", self.head_space)):
+            yield f"{space}.forward", transformation.forward_CC
+            yield f"{space}.inverse", transformation.inverse_CC
+            yield f"{space}.offset", transformation.mean_C
+        yield "head.is_set", self._has_head_space
         yield "summary_sum", self._summary_sum_C
         yield "angles", self._angles_2
         yield "observed_steps", self._saved_steps
@@ -123,8 +134,12 @@ class TargetTracker:
     def take_loaded(self) -> None:
         """Follow the tensors after a checkpoint was read into them."""
         self._num_steps = int(self._saved_steps)
+        self.turn = Turn.between(self.head_space, self.transformation)
 
     def _refresh(self) -> None:
+        if self.teacher.standardizer != "none" and not bool(self.moments.count):
+            # No partition of this stage shows the teacher anything.
+            return
         transformation = make_transformation(self.teacher.standardizer, self.moments, eps=self.options.eps)
         tensors = [transformation.forward_CC.contiguous(), transformation.inverse_CC.contiguous(), transformation.mean_C.contiguous()]
         for tensor in tensors:
@@ -132,6 +147,10 @@ class TargetTracker:
             for group in (self.substrate.data_group, self.substrate.tensor_group):
                 distributed.broadcast(tensor, group_src=0, group=group)
         self.transformation = Transformation(*tensors)
+        if not bool(self._has_head_space):
+            self.head_space = Transformation(*(tensor.clone() for tensor in tensors))
+            self._has_head_space.fill_(1)
+        self.turn = Turn.between(self.head_space, self.transformation)
 
     def _count_angles(self, summary_BC: Tensor) -> None:
         mean_C = F.normalize(self._summary_sum_C, dim=0)
