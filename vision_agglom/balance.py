@@ -29,7 +29,9 @@ class AdaLoss:
 
     def observe(self, term: str, loss_B: Tensor) -> None:
         """Count the term's loss of these images."""
-        self._pending_2T[:, self.index[term]] += torch.stack([loss_B.detach().double().sum(), loss_B.new_tensor(len(loss_B)).double()])
+        self._pending_2T[:, self.index[term]] += torch.stack(
+            [loss_B.detach().double().sum(), loss_B.new_full((), len(loss_B), dtype=torch.float64)]
+        )
 
     def finish_step(self, group: ProcessGroup) -> None:
         """Move the means of the terms seen in this step. Collective over the data ranks."""

@@ -50,5 +50,5 @@ class ImageBatch:
     images_BCHW: Tensor
     """float32 in [0, 1], RGB, height = width = resolution."""
     sample_indices_B: Tensor
-    """int64, the global index of each sample."""
+    """int64 on the host, the global index of each sample."""
     resolution: int

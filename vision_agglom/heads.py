@@ -40,7 +40,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self, input_size: int, output_size: int, config: TransformerConfig, ops: VisionOps) -> None:
         super().__init__()
-        self.product = ops.linear
+        self.product = ops.biased_linear
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         self.bias = torch.nn.Parameter(torch.empty(output_size, dtype=config.params_dtype))
         declare(self.weight, initializer=normal(config.init_method_std))
@@ -49,7 +49,7 @@ class Linear(torch.nn.Module):
     def forward(self, x: Tensor, turn: Turn | None = None) -> Tensor:
         """Map [..., input_size] to [..., output_size], turned into another space where one is given."""
         weight, bias = (self.weight, self.bias) if turn is None else turn.fold(self.weight, self.bias)
-        return self.product(x, weight) + bias
+        return self.product(x, weight, bias)
 
 
 class LayerNorm(torch.nn.Module):

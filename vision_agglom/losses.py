@@ -31,7 +31,8 @@ def angle(first_BC: Tensor, second_BC: Tensor) -> Tensor:
 
 def spatial_mse(student_BTC: Tensor, target_BTC: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """Squared error, mean over channels and over the positions that count."""
-    return mean_over(mask_BT, (student_BTC.float() - target_BTC.float()).square().mean(-1))
+    # The subtraction widens a 16-bit side itself: no copy of it in fp32.
+    return mean_over(mask_BT, (student_BTC - target_BTC.float()).square().mean(-1))
 
 
 def spatial_cosine_smooth_l1(student_BTC: Tensor, target_BTC: Tensor, beta: float, mask_BT: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vision_agglom.resample import bilinear_matrix, sample_grid
+from vision_agglom.transfer import send
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _resample(features_BTC: Tensor, source: View, target: View) -> tuple[Tensor,
     matrices, inside = [], []
     for axis in (0, 1):
         positions_BN = source.locate(target.centres(axis), axis)
-        matrices.append(bilinear_matrix(positions_BN, source.grid[axis]).to(features_BTC.device, features_BTC.dtype))
-        inside.append(((positions_BN > -1e-9) & (positions_BN < source.grid[axis] - 1 + 1e-9)).to(features_BTC.device))
+        matrices.append(send(bilinear_matrix(positions_BN, source.grid[axis]).to(features_BTC.dtype), features_BTC.device))
+        inside.append(send((positions_BN > -1e-9) & (positions_BN < source.grid[axis] - 1 + 1e-9), features_BTC.device))
     moved_BTC = sample_grid(features_BTC.unflatten(1, source.grid), *matrices).flatten(1, 2)
     return moved_BTC, (inside[0][:, :, None] & inside[1][:, None, :]).flatten(1).float()

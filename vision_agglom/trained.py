@@ -185,12 +185,13 @@ def _saved_heads(checkpoint: Path, header: dict[str, Any], run: VisionConfig) ->
 
 
 def _build_model(run: VisionConfig, heads: list[HeadShape], learns_uncertainty: bool, substrate: Substrate) -> StudentModel:
+    config = build_transformer_config(run, substrate)
     model = StudentModel(
         run.student,
         heads,
         run.num_prefix_tokens,
-        build_transformer_config(run, substrate),
-        vision_ops(substrate.device),
+        config,
+        vision_ops(substrate.device, config.params_dtype),
         seed=run.seed,
         layer_range=(0, run.student.num_layers),
         is_first_stage=True,
@@ -229,5 +230,6 @@ def _load_state(checkpoint: Path, model: StudentModel, heads: list[HeadShape], s
             vector.copy_(loaded["task"][name].view_as(vector))
     saved = loaded["task"]
     return {
-        head.name: Transformation(*(saved[f"targets.{head.name}.head.{part}"] for part in ("forward", "inverse", "offset"))) for head in heads
+        head.name: Transformation(*(saved[f"targets.{head.name}.head.{part}"] for part in ("forward", "inverse", "offset")))
+        for head in heads
     }

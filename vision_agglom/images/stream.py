@@ -104,7 +104,7 @@ class ImageStream:
             if self.damaged[problem] == 1:
                 _log.warning("damaged image passed over: %s", problem)
         images_BCHW = pixels_BCHW.to(self._device, non_blocking=True).float().div_(255.0)
-        return ImageBatch(images_BCHW, indices_B.to(self._device, non_blocking=True), resolution)
+        return ImageBatch(images_BCHW, indices_B, resolution)
 
     def close(self) -> None:
         """Drop what was read ahead, end the workers, and say how much damage there was."""

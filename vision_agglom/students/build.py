@@ -57,7 +57,7 @@ def build_student_chunks(
             heads,
             run.num_prefix_tokens,
             config,
-            vision_ops(substrate.device),
+            vision_ops(substrate.device, config.params_dtype),
             seed=run.seed,
             layer_range=ranges[stage],
             is_first_stage=stage == 0,

@@ -18,6 +18,7 @@ from vision_agglom.randomness import generator_for
 from vision_agglom.resample import bilinear_matrix, resize_positions, sample_grid
 from vision_agglom.students.ops import VisionOps
 from vision_agglom.students.sequence import ImageSequence
+from vision_agglom.transfer import send
 
 _LOWEST_SCALE = math.sqrt(0.1)
 _LOWEST_ASPECT, _HIGHEST_ASPECT = math.log(3 / 4), math.log(4 / 3)
@@ -66,15 +67,15 @@ class TokenEmbedding(torch.nn.Module):
         side, device = self.student.table_side, self.position_table.device
         table_HWD = self.position_table.float().unflatten(0, (side, side))
         if samples is None:
-            rows, columns = (matrix.to(device, torch.float32) for matrix in fixed_window(sequence.grid, side))
+            rows, columns = (send(matrix.float(), device) for matrix in fixed_window(sequence.grid, side))
             return sample_grid(table_HWD, rows, columns).flatten(0, 1)[None]
         crops_B4 = np.stack([draw_crop(self.seed, sequence.step, int(sample)) for sample in samples])
         matrices = (crop_matrix(crops_B4[:, axis], crops_B4[:, 2 + axis], count, side) for axis, count in enumerate(sequence.grid))
-        rows, columns = (matrix.to(device, torch.float32) for matrix in matrices)
+        rows, columns = (send(matrix.float(), device) for matrix in matrices)
         positions_BTD = sample_grid(table_HWD, rows, columns).flatten(1, 2)
         if self.student.position_dropout:
             kept = [float(self._keeps_position(sequence.step, int(sample))) for sample in samples]
-            positions_BTD = positions_BTD * torch.tensor(kept, device=device)[:, None, None]
+            positions_BTD = positions_BTD * send(torch.tensor(kept), device)[:, None, None]
         return positions_BTD
 
     def _keeps_position(self, step: int, sample: int) -> bool:

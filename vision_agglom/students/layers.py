@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_hybrid.layers.float8 import runs_in_float8
 from megatron_hybrid.layers.linear import whole_sequence
 from megatron_hybrid.layers.parameters import Initializer, declare, normal, ones
 from megatron_hybrid.layers.recompute import recompute_between
@@ -53,7 +54,8 @@ class CutLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         ranks = config.tensor_model_parallel_size
-        self.product, self.sequence_parallel, self.axis = ops.linear, config.sequence_parallel, axis
+        self.product, self.biased_product = ops.linear, ops.biased_linear
+        self.sequence_parallel, self.axis = config.sequence_parallel, axis
         local = [size // ranks if dimension == axis else size for dimension, size in enumerate(shape)]
         self.weight = torch.nn.Parameter(torch.empty(local, dtype=config.params_dtype))
         declare(self.weight, initializer=normal(std), tensor_ranks=ranks, axis=axis)
@@ -68,6 +70,13 @@ class CutLinear(torch.nn.Module):
         """The weight that multiplies in this pass."""
         weight_OI = self.weight if self.spectral is None else self.spectral(self.weight)
         return self.damp(weight_OI, step) if self.damp is not None and self.training else weight_OI
+
+    def affine(self, x: Tensor, bias_O: Tensor, step: int) -> Tensor:
+        """x W^T + b."""
+        weight_OI = self.effective_weight(step)
+        if runs_in_float8(self.product):
+            return self.product(x, weight_OI) + bias_O
+        return self.biased_product(x, weight_OI, bias_O)
 
 
 class LayerNormColumnParallelLinear(CutLinear):
@@ -98,7 +107,7 @@ class LayerNormColumnParallelLinear(CutLinear):
     def forward(self, hidden_LBD: Tensor, step: int) -> Tensor:
         """Map [L or L/tp, B, input_size] to [L, B, output_size / tp]."""
         normed_LBD = self.layer_norm(hidden_LBD, self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        return self.product(whole_sequence(normed_LBD, self.sequence_parallel), self.effective_weight(step)) + self.bias
+        return self.affine(whole_sequence(normed_LBD, self.sequence_parallel), self.bias, step)
 
 
 class ResidualRowParallelLinear(CutLinear):
@@ -109,6 +118,7 @@ class ResidualRowParallelLinear(CutLinear):
         super().__init__((output_size, input_size), axis=1, std=std, student=student, config=config, ops=ops)
         self.bias = torch.nn.Parameter(torch.empty(output_size, dtype=config.params_dtype))
         declare(self.bias, initializer=zeros, sequence_parallel=config.sequence_parallel)
+        self.is_whole = config.tensor_model_parallel_size == 1
         self.layer_scale: torch.nn.Parameter | None = None
         if student.layer_scale is not None:
             self.layer_scale = torch.nn.Parameter(torch.empty(output_size, dtype=config.params_dtype))
@@ -116,9 +126,13 @@ class ResidualRowParallelLinear(CutLinear):
 
     def forward(self, input_LBC: Tensor, step: int) -> Tensor:
         """Map [L, B, input_size / tp] to [L or L/tp, B, output_size], summed over the tensor ranks."""
-        partial_LBD = self.product(input_LBC, self.effective_weight(step))
-        reduce = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else reduce_from_tensor_model_parallel_region
-        output_LBD = reduce(partial_LBD, group=get_tensor_model_parallel_group()) + self.bias
+        if self.is_whole:
+            output_LBD = self.affine(input_LBC, self.bias, step)
+        else:
+            # The bias once, after the ranks' sum.
+            partial_LBD = self.product(input_LBC, self.effective_weight(step))
+            reduce = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else reduce_from_tensor_model_parallel_region
+            output_LBD = reduce(partial_LBD, group=get_tensor_model_parallel_group()) + self.bias
         return output_LBD if self.layer_scale is None else output_LBD * self.layer_scale
 
 
@@ -150,7 +164,9 @@ class SelfAttention(torch.nn.Module):
             out_BLHP = self.attention(q_BLHP, k_BLHP, v_BLHP)
         else:
             out_BLHP = self._windowed(q_BLHP, k_BLHP, v_BLHP, sequence)
-        return F.pad(out_BLHP.flatten(2).transpose(0, 1), (0, 0, 0, 0, 0, num_padding))
+        out_LBD = out_BLHP.flatten(2).transpose(0, 1)
+        # A filling of nothing would still copy.
+        return F.pad(out_LBD, (0, 0, 0, 0, 0, num_padding)) if num_padding else out_LBD
 
     def _windowed(self, q_BLHP: Tensor, k_BLHP: Tensor, v_BLHP: Tensor, sequence: ImageSequence) -> Tensor:
         """Attention inside square windows; class and register tokens take part in every window, and their results are averaged."""

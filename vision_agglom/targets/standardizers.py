@@ -42,8 +42,19 @@ class Transformation:
 
     def normalize(self, features: Tensor) -> Tensor:
         """y' of [..., C] features, in fp32."""
+        if features.is_cuda and features.dtype == torch.bfloat16:
+            return self._normalize_in_parts(features)
         forward_CC, mean_C = self.forward_CC.float(), self.mean_C.float()
         return (features.float() - mean_C) @ forward_CC.T
+
+    def _normalize_in_parts(self, features: Tensor) -> Tensor:
+        """T y - T mu on tensor cores: bf16 features times the bf16 parts of T, summed in fp32."""
+        rows_NC = features.flatten(0, -2)
+        offset_C = -(self.forward_CC.double() @ self.mean_C.double()).float()
+        sum_NC = offset_C.expand(len(rows_NC), -1).contiguous()
+        for part_CC in split_bf16(self.forward_CC.float()):
+            torch.addmm(sum_NC, rows_NC, part_CC.t(), out_dtype=torch.float32, out=sum_NC)
+        return sum_NC.view(features.shape)
 
     def denormalize(self, targets: Tensor) -> Tensor:
         """y of [..., C] normalised features, in fp32."""
@@ -60,6 +71,15 @@ class Transformation:
         return (self.inverse_CC.double() @ blocks_KCI).flatten(0, 1), (
             bias_KC @ self.inverse_CC.double().T + self.mean_C.double()
         ).flatten()
+
+
+def split_bf16(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bf16 tensors whose sum is the fp32 one: 3 x 8 bits of mantissa."""
+    parts, rest = [], matrix
+    for _ in range(3):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    return tuple(parts)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vision_agglom.targets.standardizers import Transformation, check_standardizer, make_transformation, principal_axes
+from vision_agglom.targets.standardizers import Transformation, check_standardizer, make_transformation, principal_axes, split_bf16
 from vision_agglom.targets.statistics import Moments
 
 KINDS = ("none", "global", "standardize", "pca_w", "zca", "hca", "phi_s")
@@ -107,3 +107,24 @@ def test_dimension_without_hadamard_matrix() -> None:
     with pytest.raises(ValueError, match="order 92"):
         check_standardizer("phi_s", 92)
     check_standardizer("zca", 92)
+
+
+def test_three_bf16_parts_are_the_matrix() -> None:
+    matrix = features(64).float()
+    high, middle, low = split_bf16(matrix)
+    assert torch.equal((low.float() + middle.float()) + high.float(), matrix)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="products of bf16 that sum in fp32 are CUDA's")
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_of_bf16_features_on_a_gpu(kind: str) -> None:
+    """As precise as in fp32, although the products are of bf16."""
+    transformation = transform(kind, features())
+    on_gpu = Transformation(*(part.cuda() for part in (transformation.forward_CC, transformation.inverse_CC, transformation.mean_C)))
+    rows = features(256).bfloat16().view(4, 64, CHANNELS)
+    expected = (rows.double() - transformation.mean_C) @ transformation.forward_CC.T
+    targets = on_gpu.normalize(rows.cuda()).cpu()
+    assert targets.dtype == torch.float32
+    in_fp32 = transformation.normalize(rows)
+    allowed = 4 * (in_fp32 - expected).abs().max() + 1e-6 * expected.abs().max()
+    assert (targets - expected).abs().max() <= allowed

@@ -40,7 +40,7 @@ def refit(run: VisionConfig, kind: str) -> dict[str, torch.Tensor]:
     substrate = initialize(run)
     config = build_transformer_config(run, substrate)
     torch.manual_seed(0)
-    head = AdaptorHead(32, 24, CHANNELS, 1, config, vision_ops(substrate.device))
+    head = AdaptorHead(32, 24, CHANNELS, 1, config, vision_ops(substrate.device, config.params_dtype))
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     teacher = run.teachers[0].model_copy(update={"standardizer": kind, "summary_loss": "cosine"})
