@@ -1,20 +1,22 @@
 """A distillation step of a ViT-L/16 student at 432 pixels with three frozen teachers, beside the ideal of its parts.
 
-    python -m benchmarks.vision_step                     one GPU, bf16; about three minutes, most of it making random weights
-    python -m benchmarks.vision_step --images PATH       the same, reading and decoding images (a folder or shards)
+    python -m benchmarks.vision_step                     one GPU, bf16; about a minute
+    python -m benchmarks.vision_step --images made       the same, decoding photographs of 1,500 pixels that it makes (needs scikit-image)
+    python -m benchmarks.vision_step --images PATH       or those of a folder or shards
     python -m benchmarks.vision_step --size tiny         a small one anywhere, to see that it runs
 
 Teachers (random weights): CLIP ViT-H/14, SigLIP SO400M/14 and DINOv2-g/14 with registers, each at 378 pixels: 27 x 27 patches like the
 student's. The ideal is 1 / (t_student + sum of t_teacher) with every part measured apart in the same process: forward and backward of the
 student's blocks alone (no heads, losses, optimizer or data), and each teacher's forward alone. PHI-S statistics are frozen, as they are for
-all but the first steps of a run.
+all but the first steps of a run. Every figure is the mean of steps that follow each other without a pause; with images to decode these are
+three times as many as the decoders may have ready beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.images import make_shards
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
@@ -34,7 +37,8 @@ from megatron_hybrid.train.task import StepData
 from megatron_hybrid.train.trainer import connect_schedules
 from vision_agglom.config.load import load_config
 from vision_agglom.config.schema import VisionConfig
-from vision_agglom.contract import ImageBatch
+from vision_agglom.config.teachers import TeacherConfig
+from vision_agglom.contract import ImageBatch, Teacher
 from vision_agglom.students.build import build_transformer_config
 from vision_agglom.task import Distillation
 from vision_agglom.teachers import load_teacher
@@ -83,6 +87,8 @@ STUDENTS: dict[str, Any] = {
     "tiny": {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 128, "max_image_size": 128},
 }
 RESOLUTIONS = {"full": 432, "tiny": 64}
+BATCHES_AHEAD = 2
+"""Batches that each decoder may have ready."""
 
 
 class SameBatch:
@@ -112,12 +118,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(STUDENTS), default="full", help="of student and teachers")
     parser.add_argument("--batch", type=int, default=32, help="images per step, in one micro-batch (default: 32)")
-    parser.add_argument("--steps", type=int, default=10, help="steps measured, after three for warming up (default: 10)")
-    parser.add_argument("--images", help="folder or shards to read; noise in device memory otherwise")
+    parser.add_argument("--steps", type=int, default=20, help="steps measured, after three for warming up (default: 20)")
+    parser.add_argument("--images", help="folder or shards to read, or made for photographs; noise in device memory otherwise")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="decoding processes (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run, such as parallel.recompute=selective")
     arguments = parser.parse_intermixed_args()
     silence_known_warnings()
     with TemporaryDirectory() as folder:
+        if arguments.images == "made":
+            arguments.images = make_shards(Path(folder))
         return run_on_ranks(Measurement(arguments), make_run(arguments, Path(folder)))
 
 
@@ -128,7 +137,11 @@ def make_run(arguments: argparse.Namespace, folder: Path) -> VisionConfig:
         "run_dir": str(folder / "run"),
         "student": STUDENTS[arguments.size],
         "teachers": [{**sides, **teacher} for teacher in TEACHERS[arguments.size]],
-        "images": {"sources": {"images": {"path": arguments.images or "noise"}}},
+        "images": {
+            "sources": {"images": {"path": arguments.images or "noise"}},
+            "num_workers": arguments.workers,
+            "batches_ahead": BATCHES_AHEAD,
+        },
         "stages": [
             {
                 "steps": 1000,
@@ -164,12 +177,14 @@ class Measurement:
         """Measure the step and its parts."""
         config = build_transformer_config(run, substrate)
         streams = {} if self.arguments.images else {"open_stream": SameBatch}
-        task = Distillation(run, config, substrate, load=load_teacher, **streams)
+        task = Distillation(run, config, substrate, load=load_on_device, **streams)
         chunks = wrap_data_parallel(task.build_chunks(), run, config)
         optimizer = build_optimizer(chunks, run)
         connect_schedules(config, chunks, optimizer)
         data = task.training_data(0)
-        whole_s = self._time(lambda: train_step(task, chunks, optimizer, next(data), substrate), substrate.device)
+        num_ready = BATCHES_AHEAD * self.arguments.workers if self.arguments.images else 0
+        steps = max(self.arguments.steps, 3 * num_ready)
+        whole_s = self._time(lambda: train_step(task, chunks, optimizer, next(data), substrate), substrate.device, steps)
         step: StepData = next(data)
         data.close()
         images = step.micro_batches[0].batch.images_BCHW
@@ -196,23 +211,31 @@ class Measurement:
             "share_of_ideal": round(ideal_s / whole_s, 4),
             "step_ms": round(1e3 * whole_s, 2),
             "parts_ms": {name: round(1e3 * part_s, 2) for name, part_s in parts_s.items()},
-            "decoding": bool(self.arguments.images),
+            "steps": steps,
+            "decoders": self.arguments.workers if self.arguments.images else 0,
             "student_tflops": round(batch * task.flops_per_sample / whole_s / 1e12, 2),
             "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if substrate.device.type == "cuda" else None,
         }
         print(json.dumps(result), flush=True)
         return ExitCode.FINISHED
 
-    def _time(self, work: Callable[[], Any], device: torch.device) -> float:
-        """Median seconds of one call, after three."""
-        times_s = []
-        for _ in range(3 + self.arguments.steps):
-            _wait(device)
-            start_s = time.perf_counter()
+    def _time(self, work: Callable[[], Any], device: torch.device, steps: int | None = None) -> float:
+        """Mean seconds of a call among ``steps`` in a row, after three."""
+        for _ in range(3):
             work()
-            _wait(device)
-            times_s.append(time.perf_counter() - start_s)
-        return statistics.median(times_s[3:])
+        steps = steps or self.arguments.steps
+        _wait(device)
+        start_s = time.perf_counter()
+        for _ in range(steps):
+            work()
+        _wait(device)
+        return (time.perf_counter() - start_s) / steps
+
+
+def load_on_device(spec: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """A twin whose random weights are drawn where it will run: two billion of them take a minute on a host."""
+    with device:
+        return load_teacher(spec, device, dtype)
 
 
 def _wait(device: torch.device) -> None:
