@@ -1,9 +1,10 @@
 """Cost of a fixed-resolution teacher per image: one image resized to its square per pass, against a k x k mosaic.
 
-    python -m benchmarks.mosaic [--size huge] [--sides 256 432] [--images 32] [--device cuda] [--dtype bf16]
+    python -m benchmarks.mosaic [--size huge] [--sides 256 432] [--images 32] [--device cuda] [--dtype bf16] [--picture mosaic.png]
 
 The teacher is a SAM image encoder of transformers with random weights (its cost does not depend on them). Both ways see the same images
-and give features on the grid of the student's patches; the ratio is the cost saved. On a CPU use --size tiny.
+and give features on the grid of the student's patches; the ratio is the cost saved. Slices have as many canvases either way. Under a minute
+on one GPU. On a CPU use --size tiny --images 16.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from vision_agglom.config.teachers import TeacherConfig
 from vision_agglom.images.mosaic import MosaicTeacher
@@ -56,6 +60,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
+    parser.add_argument("--picture", type=Path, help="PNG to draw; none unless given")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
@@ -68,7 +73,10 @@ def main() -> None:
         resize_input=True,
         slice_size=arguments.slice_size,
     )
-    teacher = load_teacher(spec, device, dtype)
+    with device:
+        # Random weights are drawn where they will run.
+        teacher = load_teacher(spec, device, dtype)
+    bars: dict[str, tuple[float, float]] = {}
     print(f"{'side':>5} {'mosaic':>7} {'plain ms/image':>15} {'mosaic ms/image':>16} {'saved':>7}")
     for side in arguments.sides:
         mosaic = MosaicTeacher(teacher, side, teacher.mean_C)
@@ -77,6 +85,22 @@ def main() -> None:
         mosaic_s = measure(lambda images=images, mosaic=mosaic: mosaic(images), device, arguments.repetitions) / arguments.images
         layout = f"{mosaic.plan.per_side} x {mosaic.plan.per_side}"
         print(f"{side:5} {layout:>7} {plain_s * 1e3:15.2f} {mosaic_s * 1e3:16.2f} {plain_s / mosaic_s:6.1f}x", flush=True)
+        bars[f"{side} px, {layout}"] = (plain_s * 1e3, mosaic_s * 1e3)
+    if arguments.picture is not None:
+        draw(bars, f"SAM, {arguments.size}, {arguments.dtype}, on {device.type}", arguments.picture)
+
+
+def draw(bars: dict[str, tuple[float, float]], title: str, picture: Path) -> None:
+    """Milliseconds per image, both ways, side by side."""
+    figure = Figure(figsize=(1.5 + 2 * len(bars), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for offset, label, values in zip((-0.2, 0.2), ("one image per square", "mosaic"), zip(*bars.values(), strict=True), strict=True):
+        axes.bar_label(axes.bar([place + offset for place in range(len(bars))], values, 0.4, label=label), fmt="%.1f")
+    axes.set_xticks(range(len(bars)), bars)
+    axes.set(title=title, ylabel="ms per image")
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":
