@@ -381,7 +381,7 @@ class KernelsConfig(Section):
     """The MLP's activation."""
     linear: Literal["auto", "reference", "cpu", "cublas", "cublaslt"] = "auto"
     """Products of the layers' linears in the working precision; both GPU versions add weight gradients in fp32 within
-    the product, cublaslt by algorithms pinned for each shape."""
+    the product, cublaslt by algorithms that can be pinned for each shape."""
     attention: Literal["auto", "reference", "cpu", "sdpa", "cudnn"] = "auto"
     """Causal attention."""
     embedding: Literal["auto", "reference", "cpu", "triton"] = "auto"
