@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from megatron_hybrid.config.schema import KernelsConfig
 from megatron_hybrid.layers.specs import OPERATIONS, choose_implementations, describe_implementations, make_ops
 from megatron_hybrid.ops.registry import IMPLEMENTATIONS
+from tests.ops.library_stand_ins import stand_ins
+from tests.runs import small_run
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -45,6 +48,73 @@ def test_what_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_implementations(gpu, torch.float32, KernelsConfig(attention="cudnn"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_implementations(gpu, torch.bfloat16)["attention"] == "sdpa"
+
+
+LIBRARY_CHOICES = [
+    ("mamba_core", "mamba_ssm"),
+    ("ssd", "mamba_ssm"),
+    ("causal_conv1d", "causal_conv1d"),
+    ("gated_rms_norm", "mamba_ssm"),
+    ("rms_norm", "transformer_engine"),
+    ("linear", "transformer_engine"),
+    ("attention", "transformer_engine"),
+]
+
+
+@pytest.mark.parametrize("operation, library", LIBRARY_CHOICES)
+def test_other_libraries_are_taken_when_asked_for(operation: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choices = KernelsConfig(**{operation: library})
+    chosen = choose_implementations(torch.device("cuda", 0), torch.bfloat16, choices)
+    assert chosen[operation] == library
+    with stand_ins():
+        ops = make_ops(chosen, chunk_length=64)
+    function = getattr(ops, operation)
+    assert getattr(function, "func", function).__module__.startswith("megatron_hybrid.ops.libraries.")
+    if operation in ("ssd", "mamba_core"):
+        assert function.keywords == {"chunk_length": 64}
+    with pytest.raises(ValueError, match=f"kernels.{operation}={library} needs a GPU, this run is on a CPU"):
+        choose_implementations(torch.device("cpu"), torch.bfloat16, choices)
+
+
+@pytest.mark.parametrize(
+    "operation, library, reason",
+    [
+        ("attention", "transformer_engine", "it takes 16-bit numbers alone"),
+        ("linear", "transformer_engine", "it multiplies fp32 numbers in TF32"),
+        ("ssd", "mamba_ssm", "it multiplies fp32 numbers in TF32"),
+        ("mamba_core", "mamba_ssm", "it multiplies fp32 numbers in TF32"),
+    ],
+)
+def test_libraries_without_fp32_are_refused_for_it(operation: str, library: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match=f"kernels.{operation}={library} cannot be had because {reason}"):
+        choose_implementations(torch.device("cuda", 0), torch.float32, KernelsConfig(**{operation: library}))
+
+
+def test_libraries_that_do_not_repeat_are_refused_for_deterministic_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, bf16 = torch.device("cuda", 0), torch.bfloat16
+    attention = KernelsConfig(attention="transformer_engine")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    torch.use_deterministic_algorithms(True)
+    try:
+        for operation in ("ssd", "mamba_core"):
+            with pytest.raises(ValueError, match=f"kernels.{operation}=mamba_ssm cannot be had because its backward calls torch.cumsum"):
+                choose_implementations(gpu, bf16, KernelsConfig(**{operation: "mamba_ssm"}))
+        assert choose_implementations(gpu, bf16, attention)["attention"] == "transformer_engine"
+        for capability in ((8, 0), (10, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+            with pytest.raises(ValueError, match=f"compute capability 9 alone and this one has {capability[0]}"):
+                choose_implementations(gpu, bf16, attention)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert choose_implementations(gpu, bf16, attention)["attention"] == "transformer_engine"
+
+
+def test_attention_without_masks_is_refused_for_documents_kept_apart(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kernels.attention=transformer_engine takes no mask, and data.reset_at_documents=true"):
+        small_run(tmp_path, kernels={"attention": "transformer_engine"})
+    small_run(tmp_path, kernels={"attention": "transformer_engine"}, data={"reset_at_documents": False})
 
 
 def test_what_is_asked_for_is_taken() -> None:
