@@ -61,7 +61,6 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpu": "embedding:embedding_reference",
             "triton": "triton.embedding:embedding",
         },
-        "cross_entropy": {"reference": "cross_entropy:cross_entropy_reference", "cpu": "cross_entropy:cross_entropy"},
         "linear_cross_entropy": {
             "reference": "cross_entropy:linear_cross_entropy_reference",
             "cpu": "cross_entropy:linear_cross_entropy",
