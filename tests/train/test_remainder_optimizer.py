@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_hybrid.train.mended_optimizers import join_master, split_master
+from megatron_hybrid.train.remainder_optimizer import join_master, split_master
 
 
 def test_weight_and_remainder_are_the_master_bit_for_bit() -> None:
