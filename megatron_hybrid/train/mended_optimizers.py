@@ -27,7 +27,7 @@ def mend(optimizer: MegatronOptimizer) -> None:
     other."""
     if isinstance(optimizer, DistributedOptimizer):
         _mend_parameter_order(optimizer)
-        if optimizer.config.use_precision_aware_optimizer:
+        if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
             optimizer.__class__ = RemainderDistributedOptimizer
         elif USING_PYTORCH_OPTIMIZER:
             optimizer.__class__ = TorchAdamWDistributedOptimizer

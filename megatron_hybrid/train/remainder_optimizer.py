@@ -12,8 +12,20 @@ class RemainderDistributedOptimizer(DistributedOptimizer):
     """The distributed optimizer over ``adamw.RemainderAdamW``, which keeps of each bf16 weight's fp32 master only the half that the weight
     itself lacks.
 
-    Checkpoints hold whole masters, so that every host and optimizer reads them.
+    Checkpoints hold whole masters, so that every host and optimizer reads them. Steps are counted in the parameter groups, whatever other
+    AdamW the host has.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The options of the groups; what belongs to a parameter is saved apart."""
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
+        return {"optimizer": {"param_groups": groups}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            # Where there is no other AdamW than torch's, every parameter is given what torch's counts by.
+            state.pop("step", None)
 
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         shard, state = self._shard_of(model_param)
