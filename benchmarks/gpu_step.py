@@ -51,8 +51,17 @@ Step = Callable[[], float]
 """Runs one training step and returns its loss."""
 
 
-def make_run(case: str, precision: str, *, deterministic: bool = False, graphs: str = "auto", length: int | None = None) -> RunConfig:
-    """The benchmark's run; nothing reads its paths. ``length`` changes the sequence length and keeps the tokens of a step."""
+def make_run(
+    case: str,
+    precision: str,
+    *,
+    deterministic: bool = False,
+    graphs: str = "auto",
+    length: int | None = None,
+    kernels: dict[str, str] | None = None,
+) -> RunConfig:
+    """The benchmark's run; nothing reads its paths. ``length`` changes the sequence length and keeps the tokens of a step; ``kernels`` are
+    operations in implementations other than the host's own choice."""
     preset, overrides, case_length, num_micro_batches = CASES[case]
     tokens = case_length * num_micro_batches
     length = length or case_length
@@ -64,6 +73,7 @@ def make_run(case: str, precision: str, *, deterministic: bool = False, graphs: 
         train={"steps": 1, "global_batch_size": tokens // length},
         parallel={"data": 1},
         fp8={"recipe": "off" if precision == "bf16" else precision},
+        kernels=kernels or {},
         runtime={"device": "cuda", "deterministic": deterministic, "cuda_graphs": graphs},
     )
 
@@ -272,6 +282,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, help="another sequence length, at the same tokens per step")
     parser.add_argument("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs of ours")
     parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms in ours")
+    parser.add_argument("--kernels", nargs="*", default=[], metavar="OPERATION=IMPLEMENTATION", help="of ours, such as attention=sdpa")
     parser.add_argument("--profile", action="store_true", help="also print where the time of a step goes")
     arguments = parser.parse_args()
     if arguments.system == "both":
@@ -292,6 +303,7 @@ def main() -> int:
         deterministic=arguments.deterministic,
         graphs=arguments.graphs,
         length=arguments.length,
+        kernels=dict(choice.split("=", 1) for choice in arguments.kernels),
     )
     report = measure(arguments.system, run, arguments.steps, arguments.profile)
     print(json.dumps({"case": arguments.case, "precision": arguments.precision} | report))
