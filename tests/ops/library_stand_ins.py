@@ -77,7 +77,7 @@ def causal_conv1d_fn(
 ) -> Tensor:
     """x [B, C, L] with channels last in memory."""
     assert x.stride(1) == 1 and x.stride(0) % 8 == x.stride(2) % 8 == x.shape[1] % 8 == 0 and 2 <= weight.shape[1] <= 4
-    assert activation == "silu" and (bias is None or bias.dtype == weight.dtype)
+    assert x.data_ptr() % 16 == 0 and activation == "silu" and (bias is None or bias.dtype == weight.dtype)
     assert seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.is_contiguous())
     assert initial_states is None or (initial_states.stride(1) == 1 and initial_states.dtype == x.dtype)
     before = None if initial_states is None else initial_states.transpose(1, 2)

@@ -89,6 +89,18 @@ def make_conv_inputs(length: int, initial_state: bool) -> dict[str, Tensor]:
     return {name: tensor[:8] if name in ("weight_CW", "bias_C") else tensor[..., :8] for name, tensor in inputs.items()}
 
 
+@pytest.mark.parametrize("width, first", [(24, 0), (24, 8), (24, 3), (20, 0)])
+def test_channels_out_of_a_wider_tensor(width: int, first: int) -> None:
+    """Whether the kernels could read them where they are or not."""
+    rest = {"weight_CW": random(1, 8, 4), "bias_C": random(2, 8)}
+
+    def out_of_wide(implementation: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        convolve = select("causal_conv1d", implementation)
+        return lambda wide, **others: convolve(wide.transpose(0, 1)[..., first : first + 8], **others)
+
+    assert_equivalent(out_of_wide("causal_conv1d"), out_of_wide("reference"), {"wide": random(0, 9, 2, width), **rest}, 1e-12)
+
+
 @pytest.mark.parametrize("num_taps, num_channels, message", [(5, 8, "takes 2, 3 or 4 taps, got 5"), (4, 12, "multiples of 8 .* got 12")])
 def test_convolutions_without_a_kernel_are_refused(num_taps: int, num_channels: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -121,6 +133,7 @@ def test_mamba_core(documents: bool) -> None:
         (lambda: select("gated_rms_norm", "mamba_ssm")(random(0, 2, 10), random(0, 2, 10), random(0, 10), 4, 1e-5), "10 channels do not"),
         (lambda: select("attention", "transformer_engine")(**attention.make_inputs(kv_heads=3)), "4 query heads cannot share 3"),
         (lambda: bad_core(), "a projection 195 wide does not hold"),
+        (lambda: bad_core(head_dim=17), "multiples of 8 on a rank, got 68"),
     ],
 )  # fmt: skip
 def test_bad_shapes_are_refused_as_by_the_specification(make_bad_call: Callable[[], Any], message: str) -> None:
@@ -128,7 +141,7 @@ def test_bad_shapes_are_refused_as_by_the_specification(make_bad_call: Callable[
         make_bad_call()
 
 
-def bad_core() -> Tensor:
-    inputs = mamba_core.make_inputs()
+def bad_core(**shape: int) -> Tensor:
+    inputs = mamba_core.make_inputs(**shape)
     inputs["zxBCdt_LBE"] = inputs["zxBCdt_LBE"][..., :-1]
     return select("mamba_core", "mamba_ssm")(**inputs, num_groups=2, eps=1e-5)

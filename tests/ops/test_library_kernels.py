@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -118,6 +118,17 @@ def test_causal_conv1d(length: int, width: int, initial_state: bool, documents: 
     inputs = conv1d.make_inputs(length=length, width=width, dtype=dtype, initial_state=initial_state)
     inputs = {name: tensor[:8] if name in ("weight_CW", "bias_C") else tensor[..., :8] for name, tensor in inputs.items()}
     check("causal_conv1d", "causal_conv1d", inputs, bounds, segment_ids_BL=documents_of(2, length, documents))
+
+
+@needs("causal_conv1d")
+@pytest.mark.parametrize("width, first", [(24, 0), (24, 8), (24, 3), (20, 0)])
+def test_causal_conv1d_of_channels_out_of_a_wider_tensor(width: int, first: int) -> None:
+    def out_of_wide(implementation: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        convolve = select("causal_conv1d", implementation)
+        return lambda wide, **others: convolve(wide.transpose(0, 1)[..., first : first + 8], **others)
+
+    inputs = {"wide": random(0, 300, 2, width), "weight_CW": random(1, 8, 4), "bias_C": random(2, 8)}
+    assert_near_fp64(out_of_wide("causal_conv1d"), out_of_wide("reference"), inputs, ONE_ROUNDING)
 
 
 @NEEDS_MAMBA_SSM

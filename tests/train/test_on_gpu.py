@@ -1,7 +1,11 @@
-"""Training on a GPU: CUDA graphs change no bit of it, and neither does stopping and resuming; in BF16 and in float8."""
+"""Training on a GPU: CUDA graphs change no bit of it, and neither does stopping and resuming; other libraries' kernels train alike.
+
+MAMBA_DETERMINISTIC=1 python -m pytest tests/train/test_on_gpu.py
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +57,18 @@ def train_watched(run: RunConfig) -> tuple[Outcome, GraphWatch]:
     return outcome, watch
 
 
-def gpu_run(folder: Path, run_dir: str, *, graphs: str, recipe: str, documents: bool, steps: int, stop: int | None = None) -> RunConfig:
+def gpu_run(
+    folder: Path,
+    run_dir: str,
+    *,
+    graphs: str = "on",
+    recipe: str = "off",
+    documents: bool = False,
+    steps: int = 3,
+    stop: int | None = None,
+    deterministic: bool = True,
+    kernels: dict[str, str] | None = None,
+) -> RunConfig:
     return small_run(
         folder,
         run_dir=folder / run_dir,
@@ -62,7 +77,8 @@ def gpu_run(folder: Path, run_dir: str, *, graphs: str, recipe: str, documents: 
         optimizer={"lr": 1e-3},
         train={"steps": steps, "global_batch_size": 4, "precision": "bf16", "exit_after_steps": stop},
         fp8={"recipe": recipe},
-        runtime={"device": "cuda", "cuda_graphs": graphs},
+        kernels=kernels or {},
+        runtime={"device": "cuda", "cuda_graphs": graphs, "deterministic": deterministic},
     )
 
 
@@ -70,7 +86,7 @@ def gpu_run(folder: Path, run_dir: str, *, graphs: str, recipe: str, documents: 
 def test_a_graph_changes_no_bit(recipe: str, documents: bool, tmp_path: Path, run_ranks: Any) -> None:
     """Three steps of four micro-batches: the first compiles the kernels, the others are replayed. Moments are made of all gradients."""
     write_corpus(tmp_path / "text", num_documents=400)
-    runs = [gpu_run(tmp_path, graphs, graphs=graphs, recipe=recipe, documents=documents, steps=3) for graphs in ("on", "off")]
+    runs = [gpu_run(tmp_path, graphs, graphs=graphs, recipe=recipe, documents=documents) for graphs in ("on", "off")]
     (replayed, with_graph), (launched, without) = (run_ranks(train_watched, 1, run, timeout_s=280)[0] for run in runs)
     assert with_graph.captured == [False, True, True] and without.captured == [False] * 3
     assert replayed.losses == launched.losses and with_graph.grad_norms == without.grad_norms
@@ -81,7 +97,7 @@ def test_a_graph_changes_no_bit(recipe: str, documents: bool, tmp_path: Path, ru
 def test_resume_is_bitwise(recipe: str, tmp_path: Path, run_ranks: Any) -> None:
     """Twelve steps at once against six and six; the seventh is replayed in one and launched kernel by kernel in the other."""
     write_corpus(tmp_path / "text", num_documents=400)
-    options = {"graphs": "on", "recipe": recipe, "documents": False, "steps": 12}
+    options = {"recipe": recipe, "steps": 12}
     whole, whole_watch = run_ranks(train_watched, 1, gpu_run(tmp_path, "whole", **options), timeout_s=280)[0]
     part, part_watch = run_ranks(train_watched, 1, gpu_run(tmp_path, "parts", **options, stop=6), timeout_s=280)[0]
     rest, rest_watch = run_ranks(train_watched, 1, gpu_run(tmp_path, "parts", **options), timeout_s=280)[0]
@@ -90,3 +106,25 @@ def test_resume_is_bitwise(recipe: str, tmp_path: Path, run_ranks: Any) -> None:
     assert part.losses + rest.losses == whole.losses and part.hashes + rest.hashes == whole.hashes
     assert part_watch.grad_norms + rest_watch.grad_norms == whole_watch.grad_norms
     assert_same_state(rest, whole)
+
+
+TRANSFORMER_ENGINE = dict.fromkeys(("rms_norm", "linear", "attention"), "transformer_engine")
+MAMBA_SSM = {"mamba_core": "mamba_ssm"}
+
+
+@pytest.mark.parametrize(
+    "package, kernels, deterministic",
+    [("transformer_engine_torch", TRANSFORMER_ENGINE, True), ("mamba_ssm", MAMBA_SSM, False)],
+    ids=["transformer_engine", "mamba_ssm"],
+)
+def test_other_libraries_kernels_train_alike(
+    package: str, kernels: dict[str, str], deterministic: bool, tmp_path: Path, run_ranks: Any
+) -> None:
+    """The same losses as with ours, as far as bf16 goes; within CUDA graphs too."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    write_corpus(tmp_path / "text", num_documents=400)
+    runs = [gpu_run(tmp_path, name, kernels=choice, deterministic=deterministic) for name, choice in (("ours", {}), ("theirs", kernels))]
+    (ours, _), (theirs, watch) = (run_ranks(train_watched, 1, run, timeout_s=280)[0] for run in runs)
+    assert watch.captured == [False, True, True]
+    assert theirs.losses == pytest.approx(ours.losses, rel=5e-3)

@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_hybrid.ops.conv1d import last_inputs
 from megatron_hybrid.ops.segments import number_documents
 
-_ALIGNMENT = 8
-"""Channels, and the strides between positions and sequences, are multiples of it."""
+_ALIGNMENT, _ALIGNMENT_BYTES = 8, 16
+"""Channels, and the strides between positions and sequences, are multiples of the one, addresses of the other."""
 
 
 def causal_conv1d(
@@ -51,5 +51,6 @@ def check_convolution(num_channels: int, num_taps: int) -> None:
 
 def _aligned(x_BLC: Tensor) -> Tensor:
     """The tensor itself where the kernels can read it, or a copy."""
-    is_readable = x_BLC.stride(2) == 1 and not any(stride % _ALIGNMENT for stride in x_BLC.stride()[:2])
+    has_dense_channels = x_BLC.stride(2) == 1 and not any(stride % _ALIGNMENT for stride in x_BLC.stride()[:2])
+    is_readable = has_dense_channels and x_BLC.data_ptr() % _ALIGNMENT_BYTES == 0
     return x_BLC if is_readable else x_BLC.clone(memory_format=torch.contiguous_format)

@@ -33,7 +33,9 @@ def mamba_core(
     num_heads, inner = A_log_H.shape[0], norm_weight_I.shape[0]
     check_heads(num_heads, num_groups)
     check_groups(inner, num_groups)
-    check_convolution(*conv_weight_CW.shape)
+    # The convolved channels stand behind the gate's, and are read where they stand.
+    for num_channels in (inner, conv_weight_CW.shape[0]):
+        check_convolution(num_channels, conv_weight_CW.shape[1])
     projection_sizes(zxBCdt_LBE.shape[-1], conv_weight_CW.shape[0], num_heads, inner, num_groups)
     out_BLI = mamba_split_conv1d_scan_combined(
         # Several sequences must lie one after another: of others it writes the gate's gradient into a copy, and loses it.
