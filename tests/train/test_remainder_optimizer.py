@@ -24,6 +24,8 @@ from megatron_hybrid.train.remainder_optimizer import RemainderDistributedOptimi
 from tests.checkpoint.training_state import Kind, Layout, TrainingState
 from tests.runs import small_run, write_corpus
 from tests.train.layouts import train_in_layout
+from tests.train.test_resume import assert_same_state
+from tests.train.training import Outcome, train
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 KIND = Kind("bf16", distributed=True)
@@ -207,6 +209,24 @@ def test_a_checkpoint_goes_to_the_optimizer_with_masters_and_back(layout: Layout
             different = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
             # At a tie ours rounds a weight away from zero; the weights are saved as they are, and the masters decide.
             assert not different, (ours, different)
+
+
+def train_ours(run: RunConfig) -> Outcome:
+    with optimizer_kind(ours=True):
+        return train(run)
+
+
+def test_resume_is_bitwise(tmp_path: Path, run_ranks: Any) -> None:
+    write_corpus(tmp_path / "text")
+
+    def run(name: str, stop: int | None = None) -> RunConfig:
+        options = {"precision": "bf16", "steps": 4, "exit_after_steps": stop}
+        return small_run(tmp_path, run_dir=tmp_path / name, optimizer={"lr": 1e-3}, train=options)
+
+    whole, part, rest = (run_ranks(train_ours, 1, each)[0] for each in (run("whole"), run("parts", stop=2), run("parts")))
+    assert part.losses + rest.losses == whole.losses
+    assert any(tensor.dtype == torch.int16 and tensor.any() for tensor in whole.optimizer)
+    assert_same_state(rest, whole)
 
 
 def losses_of(run: RunConfig, ours: bool) -> list[float]:
