@@ -58,6 +58,7 @@ def make_run(
     deterministic: bool = False,
     graphs: str = "auto",
     length: int | None = None,
+    fp8_implementation: str = "auto",
     kernels: dict[str, str] | None = None,
 ) -> RunConfig:
     """The benchmark's run; nothing reads its paths. ``length`` changes the sequence length and keeps the tokens of a step; ``kernels`` are
@@ -72,7 +73,7 @@ def make_run(
         optimizer={"lr": 1e-4},
         train={"steps": 1, "global_batch_size": tokens // length},
         parallel={"data": 1},
-        fp8={"recipe": "off" if precision == "bf16" else precision},
+        fp8={"recipe": "off" if precision == "bf16" else precision, "implementation": fp8_implementation},
         kernels=kernels or {},
         runtime={"device": "cuda", "deterministic": deterministic, "cuda_graphs": graphs},
     )
@@ -281,6 +282,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7, help="counted steps (default: %(default)s)")
     parser.add_argument("--length", type=int, help="another sequence length, at the same tokens per step")
     parser.add_argument("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs of ours")
+    parser.add_argument("--fp8-implementation", default="auto", help="of ours, as fp8.implementation")
     parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms in ours")
     parser.add_argument("--kernels", nargs="*", default=[], metavar="OPERATION=IMPLEMENTATION", help="of ours, such as attention=sdpa")
     parser.add_argument("--profile", action="store_true", help="also print where the time of a step goes")
@@ -303,6 +305,7 @@ def main() -> int:
         deterministic=arguments.deterministic,
         graphs=arguments.graphs,
         length=arguments.length,
+        fp8_implementation=arguments.fp8_implementation,
         kernels=dict(choice.split("=", 1) for choice in arguments.kernels),
     )
     report = measure(arguments.system, run, arguments.steps, arguments.profile)

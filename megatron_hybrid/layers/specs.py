@@ -49,7 +49,9 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Ke
     chosen = {name: "cpu" for name in OPERATIONS}
     if device.type == "cuda":
         # Versions named "cpu" are made of torch operations and run anywhere; a GPU has better ones.
-        chosen |= {name: "triton" for name in OPERATIONS if "triton" in IMPLEMENTATIONS[name]} | {"linear": "cublas"}
+        chosen |= {name: "triton" for name in OPERATIONS if "triton" in IMPLEMENTATIONS[name]} | {
+            "linear": "cublaslt" if torch.version.hip is None else "cublas"
+        }
         is_new = torch.cuda.get_device_capability(device) >= _LEAST_CUDNN_CAPABILITY
         chosen["attention"] = "cudnn" if is_new and _cudnn_obstacle(dtype) is None else "sdpa"
     asked = {} if choices is None else {name: getattr(choices, name) for name in OPERATIONS}

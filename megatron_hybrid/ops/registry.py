@@ -46,7 +46,8 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "linear": {
             "reference": "linear:linear_reference",
             "cpu": "linear:linear",
-            "cublas": "linear_accumulating:linear_accumulating",
+            "cublas": "linear_accumulating:linear_cublas",
+            "cublaslt": "linear_accumulating:linear_cublaslt",
             "transformer_engine": "libraries.transformer_engine_linear:linear",
         },
         "attention": {
