@@ -92,12 +92,10 @@ def optimizer_kind(ours: bool) -> Iterator[None]:
         yield
 
 
-def parts_of(optimizer: ScalingOptimizer) -> Iterator[tuple[str, Tensor, dict[str, Tensor], Tensor]]:
-    """Kind and number of each shard, the shard, its state, and its master."""
-    for part in optimizer.chained_optimizers:
-        for number, (shard, state) in enumerate(part.optimizer.state.items()):
-            master = join_master(shard, state["remainder"]) if "remainder" in state else shard
-            yield f"{shard.dtype} {number}", shard, state, master
+def held_by(optimizer: ScalingOptimizer) -> list[Tensor]:
+    """Shards and their states."""
+    states = [item for part in optimizer.chained_optimizers for item in part.optimizer.state.items()]
+    return [tensor for shard, state in states for tensor in (shard, *state.values())]
 
 
 def fill_gradients(state: TrainingState) -> list[Tensor]:
@@ -151,10 +149,9 @@ def update_with_infinity() -> tuple[bool, float, bool]:
     with optimizer_kind(ours=True):
         state = TrainingState(Layout(), KIND, seed=1)
     fill_gradients(state)[3][1] = float("inf")
-    before = [tensor.clone() for _, shard, of_shard, _ in parts_of(state.optimizer) for tensor in (shard, *of_shard.values())]
+    before = [tensor.clone() for tensor in held_by(state.optimizer)]
     updated, norm, _ = state.optimizer.step()
-    after = [tensor for _, shard, of_shard, _ in parts_of(state.optimizer) for tensor in (shard, *of_shard.values())]
-    return updated, norm, all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    return updated, norm, all(torch.equal(old, new) for old, new in zip(before, held_by(state.optimizer), strict=True))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(run_ranks: Any) -> None:
