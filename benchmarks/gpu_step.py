@@ -27,7 +27,7 @@ import torch
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.load import load_model
 from megatron_hybrid.data.loader import MicroBatch
-from megatron_hybrid.layers.specs import choose_implementations, describe_implementations
+from megatron_hybrid.layers.specs import explain_implementations
 from megatron_hybrid.layout.flops import training_flops_per_token
 from megatron_hybrid.model import build
 from megatron_hybrid.substrate.context import Substrate
@@ -123,7 +123,7 @@ def fill_weights(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], run
 def our_step(run: RunConfig, substrate: Substrate) -> Step:
     """This project's step, as the trainer runs it."""
     config = build_transformer_config(run, substrate)
-    print(describe_implementations(choose_implementations(substrate.device, config.params_dtype, run.kernels)), file=sys.stderr)
+    print(explain_implementations(substrate.device, config.params_dtype, run.kernels), file=sys.stderr)
     task = FixedBatch(run, config, substrate)
     build.initialize_parameters = lambda named, **_: fill_weights(named, run)
     wrapped = wrap_data_parallel(build.build_chunks(run, config, substrate), run, config)

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from megatron_hybrid.config.schema import KernelsConfig
-from megatron_hybrid.layers.specs import OPERATIONS, choose_implementations, describe_implementations, make_ops
+from megatron_hybrid.layers.specs import (
+    OPERATIONS,
+    choose_implementations,
+    describe_implementations,
+    explain_implementations,
+    make_ops,
+)
 from megatron_hybrid.ops.registry import IMPLEMENTATIONS
 from tests.ops.library_stand_ins import stand_ins
 from tests.runs import small_run
@@ -123,6 +129,23 @@ def test_what_is_asked_for_is_taken() -> None:
     assert chosen["rms_norm"] == "reference" and chosen["attention"] == "sdpa" and chosen["ssd"] == "cpu"
     assert make_ops(chosen).rms_norm.__name__ == "rms_norm_reference"
     assert "reference: rms_norm; sdpa: attention" in describe_implementations(chosen)
+
+
+def test_a_run_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu, bf16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert explain_implementations(cpu, bf16) == describe_implementations(choose_implementations(cpu, bf16))
+    assert explain_implementations(gpu, bf16) == describe_implementations(choose_implementations(gpu, bf16))
+    asked = explain_implementations(cpu, bf16, KernelsConfig(rms_norm="reference", attention="sdpa"))
+    assert asked.endswith("reference: rms_norm; sdpa: attention (attention, rms_norm as kernels asks for)")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "(attention not by cuDNN because its backward adds in no fixed order and runtime" in explain_implementations(gpu, bf16)
+        assert "cuDNN" not in explain_implementations(gpu, bf16, KernelsConfig(attention="sdpa"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert explain_implementations(gpu, bf16).endswith("(attention not by cuDNN because this GPU is older than those it is fastest on)")
 
 
 def test_the_chunk_length_is_the_cpu_scans() -> None:

@@ -135,3 +135,19 @@ def describe_implementations(implementations: Mapping[str, str]) -> str:
     for operation, name in sorted(implementations.items()):
         by_name.setdefault(name, []).append(operation)
     return "; ".join(f"{name}: {', '.join(operations)}" for name, operations in sorted(by_name.items()))
+
+
+def explain_implementations(device: torch.device, dtype: torch.dtype, choices: KernelsConfig | None = None) -> str:
+    """What ``choose_implementations`` takes, in one line for people, and why where it is not the fastest for the device.
+
+    Raises:
+        ValueError: what is asked for does not run there.
+    """
+    chosen = choose_implementations(device, dtype, choices)
+    asked = sorted(name for name in OPERATIONS if choices is not None and getattr(choices, name) != "auto")
+    reasons = [f"{', '.join(asked)} as kernels asks for"] if asked else []
+    if device.type == "cuda" and chosen["attention"] == "sdpa" and "attention" not in asked:
+        obstacle = _cudnn_obstacle(dtype) or "this GPU is older than those it is fastest on"
+        reasons.append(f"attention not by cuDNN because {obstacle}")
+    described = describe_implementations(chosen)
+    return f"{described} ({'; '.join(reasons)})" if reasons else described

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from megatron_hybrid.ops.norm import gated_rms_norm_reference
 from megatron_hybrid.ops.ssd import ssd_reference
 
 LIBRARIES = "megatron_hybrid.ops.libraries."
+PACKAGES = ("transformer_engine", "transformer_engine_torch", "causal_conv1d", "mamba_ssm")
 
 
 def general_gemm(
@@ -133,17 +133,24 @@ def stand_ins(without: str | None = None) -> Iterator[None]:
             "mamba_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
         },
     }
-    modules = {}
+    modules = {name: ModuleType(name) for name in contents}
     for name, content in contents.items():
-        modules[name] = ModuleType(name)
         vars(modules[name]).update(content)
-    # Entering takes the wrappers out of what is imported, and leaving takes out those made of the stand-ins.
-    with mock.patch.dict(sys.modules):
-        for name in [name for name in sys.modules if name.startswith(LIBRARIES)]:
+    # Of what is imported meanwhile only the wrappers, which hold these functions, must not stay.
+    present = _take_out()
+    sys.modules.update(modules)
+    if without is not None:
+        for name in [name for name in sys.modules if name.startswith(f"{without}.")]:
             del sys.modules[name]
-        sys.modules.update(modules)
-        if without is not None:
-            for name in [name for name in sys.modules if name.startswith(f"{without}.")]:
-                del sys.modules[name]
-            sys.modules[without] = None
+        sys.modules[without] = None
+    try:
         yield
+    finally:
+        _take_out()
+        sys.modules.update(present)
+
+
+def _take_out() -> dict[str, ModuleType]:
+    """The libraries' modules and their wrappers, no longer among the imported ones."""
+    names = [name for name in sys.modules if name.startswith(LIBRARIES) or name.split(".")[0] in PACKAGES]
+    return {name: sys.modules.pop(name) for name in names}
