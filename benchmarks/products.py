@@ -112,7 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA device, and torch sees none")
-    model, _ = load_model(arguments.model, [])
+    model = load_model(arguments.model, [])[0]
     chosen: dict[str, int] = {}
     sums: dict[str, dict[str, float]] = {}
     for float8, (linear, outputs, inputs, num_layers) in itertools.product((False, True), linears_of(model, arguments.tensor)):

@@ -6,7 +6,6 @@ Transformer Engine, or through torch.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megatron_hybrid.fp8.formats import Float8Format, quantize
 from megatron_hybrid.fp8.scaling import new_scale
+from megatron_hybrid.ops.installed import has_transformer_engine
 from megatron_hybrid.ops.linear import matmul_nt
 
 _LEAST_CAPABILITY = (8, 9)
@@ -235,7 +235,7 @@ def choose_implementation(implementation: str, device: torch.device) -> str:
     """
     if implementation == "auto":
         implementation = "emulated" if device.type == "cpu" else "cublaslt"
-    if implementation == "transformer_engine" and importlib.util.find_spec("transformer_engine_torch") is None:
+    if implementation == "transformer_engine" and not has_transformer_engine():
         raise ValueError(
             "fp8.implementation=transformer_engine needs transformer-engine with its torch part, which is not installed; "
             'install "transformer-engine[pytorch]", or set fp8.implementation=auto'

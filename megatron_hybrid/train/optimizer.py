@@ -122,9 +122,12 @@ def gradient_finisher(optimizer: MegatronOptimizer) -> Callable[..., None]:
 
     def finish(chunks: list[torch.nn.Module], num_tokens: torch.Tensor, **options: Any) -> None:
         finalize_model_grads(chunks, None, **options)
-        # Only the last pipeline stage counts them.
-        torch.distributed.broadcast(num_tokens, get_pipeline_model_parallel_last_rank(), group=get_pipeline_model_parallel_group())
-        torch.distributed.all_reduce(num_tokens, group=get_data_parallel_group(with_context_parallel=True))
+        # Only the last pipeline stage counts them. A group of one would cost NCCL's buffers and nothing else.
+        pipeline, data = get_pipeline_model_parallel_group(), get_data_parallel_group(with_context_parallel=True)
+        if pipeline.size() > 1:
+            torch.distributed.broadcast(num_tokens, get_pipeline_model_parallel_last_rank(), group=pipeline)
+        if data.size() > 1:
+            torch.distributed.all_reduce(num_tokens, group=data)
         optimizer.num_tokens = num_tokens
 
     return finish

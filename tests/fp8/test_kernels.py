@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 from megatron_hybrid.fp8 import kernels
 from megatron_hybrid.fp8.backends import cast_plain, emulated_product, make_backend, scales_plain
 from megatron_hybrid.fp8.formats import E4M3, E5M2, Float8Format
+from megatron_hybrid.ops.installed import has_transformer_engine
 
 
 def make_inputs(dtype: torch.dtype, device: str, shape: tuple[int, int] = (72, 144)) -> tuple[Tensor, Tensor]:
@@ -61,15 +61,15 @@ def test_scales_are_the_specification(amax: float, device: str) -> None:
 @pytest.mark.parametrize("a_format", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_products_on_tensor_cores_are_the_emulation(implementation: str, a_format: Float8Format, fast: bool) -> None:
-    if implementation == "transformer_engine" and importlib.util.find_spec("transformer_engine_torch") is None:
+    if implementation == "transformer_engine" and not has_transformer_engine():
         pytest.skip("Transformer Engine is not installed")
     product = make_backend(implementation).product
     a, b = torch.randn(160, 1040, device="cuda").to(a_format.dtype), torch.randn(208, 1040, device="cuda").to(E4M3.dtype)
     # 16 bytes apart, as histories keep them
     inverse_a, inverse_b = torch.tensor([[0.5, 0, 0, 0], [0.25, 0, 0, 0]], device="cuda")[:, 0]
     exact = emulated_product(a, b, inverse_a, inverse_b, out_dtype=torch.float32, fast=fast)
-    # partial sums in 14 bits
-    bound = 2e-3 if fast else 1e-5
+    # the tensor cores sum float8 products in some 14 bits, along all of K if fast, else along 128 at a time
+    bound = 2e-3 if fast else 5e-4
     close = dict(rtol=bound, atol=bound * float(exact.abs().max()))
     torch.testing.assert_close(product(a, b, inverse_a, inverse_b, out_dtype=torch.float32, fast=fast), exact, **close)
     half = product(a, b, inverse_a, inverse_b, out_dtype=torch.bfloat16, fast=fast)

@@ -8,7 +8,6 @@ The variable keeps mamba_ssm from compiling and timing some ten versions of each
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megatron_hybrid.ops.registry import select
 from tests.ops import test_attention as attention, test_conv1d as conv1d, test_mamba_core as mamba_core, test_ssd as ssd
+from tests.installed import is_installed
 from tests.ops.comparison import assert_near_fp64, results_and_gradients
 
 # l2 distances of results and gradients: one rounding to bf16 is 1.1e-3, attention and scan round what they multiply as well
@@ -28,8 +28,8 @@ EPS = 1e-5
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the libraries' kernels need a GPU")
 
 
-def needs(*packages: str) -> pytest.MarkDecorator:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+def needs(*distributions: str) -> pytest.MarkDecorator:
+    missing = [distribution for distribution in distributions if not is_installed(distribution)]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 

@@ -5,7 +5,6 @@ MAMBA_DETERMINISTIC=1 python -m pytest tests/train/test_on_gpu.py
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.train.callback import Callback
+from tests.installed import is_installed
 from tests.runs import small_run, write_corpus
 from tests.train.test_resume import assert_same_state
 from tests.train.training import Outcome, train
@@ -121,7 +121,7 @@ def test_other_libraries_kernels_train_alike(
     package: str, kernels: dict[str, str], deterministic: bool, tmp_path: Path, run_ranks: Any
 ) -> None:
     """The same losses as with ours, as far as bf16 goes; within CUDA graphs too."""
-    if importlib.util.find_spec(package) is None:
+    if not is_installed(package):
         pytest.skip(f"{package} is not installed")
     write_corpus(tmp_path / "text", num_documents=400)
     runs = [gpu_run(tmp_path, name, kernels=choice, deterministic=deterministic) for name, choice in (("ours", {}), ("theirs", kernels))]
