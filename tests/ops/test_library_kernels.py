@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.ops.registry import select
-from tests.ops import test_attention as attention, test_conv1d as conv1d, test_mamba_core as mamba_core, test_ssd as ssd
 from tests.installed import is_installed
+from tests.ops import test_attention as attention, test_conv1d as conv1d, test_mamba_core as mamba_core, test_ssd as ssd
 from tests.ops.comparison import assert_near_fp64, results_and_gradients
 
 # l2 distances of results and gradients: one rounding to bf16 is 1.1e-3, attention and scan round what they multiply as well
