@@ -33,6 +33,7 @@ MODEL = {
     "mamba_head_dim": 64,
     "mamba_num_groups": 8,
     "mamba_state_dim": 128,
+    "mamba_chunk_size": 128,
 }
 
 
