@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_hybrid.config.schema import KernelsConfig
+from megatron_hybrid.layers import specs
 from megatron_hybrid.layers.specs import (
     OPERATIONS,
     choose_implementations,
@@ -67,11 +68,18 @@ LIBRARY_CHOICES = [
 ]
 
 
-@pytest.mark.parametrize("operation, library", LIBRARY_CHOICES)
-def test_other_libraries_are_taken_when_asked_for(operation: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU of compute capability 9.0 on a host that has Transformer Engine, as far as a choice can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("operation, library", LIBRARY_CHOICES)
+def test_other_libraries_are_taken_when_asked_for(operation: str, library: str, hopper: torch.device) -> None:
     choices = KernelsConfig(**{operation: library})
-    chosen = choose_implementations(torch.device("cuda", 0), torch.bfloat16, choices)
+    chosen = choose_implementations(hopper, torch.bfloat16, choices)
     assert chosen[operation] == library
     with stand_ins():
         ops = make_ops(chosen, chunk_length=64)
@@ -92,16 +100,23 @@ def test_other_libraries_are_taken_when_asked_for(operation: str, library: str, 
         ("mamba_core", "mamba_ssm", "it multiplies fp32 numbers in TF32"),
     ],
 )
-def test_libraries_without_fp32_are_refused_for_it(operation: str, library: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_libraries_without_fp32_are_refused_for_it(operation: str, library: str, reason: str, hopper: torch.device) -> None:
     with pytest.raises(ValueError, match=f"kernels.{operation}={library} cannot be had because {reason}"):
-        choose_implementations(torch.device("cuda", 0), torch.float32, KernelsConfig(**{operation: library}))
+        choose_implementations(hopper, torch.float32, KernelsConfig(**{operation: library}))
 
 
-def test_libraries_that_do_not_repeat_are_refused_for_deterministic_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, bf16 = torch.device("cuda", 0), torch.bfloat16
+@pytest.mark.parametrize("operation", ["rms_norm", "linear", "attention"])
+def test_transformer_engine_without_its_torch_part_is_refused(
+    operation: str, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: False)
+    with pytest.raises(ValueError, match=f"kernels.{operation}=transformer_engine needs transformer-engine with its torch part"):
+        choose_implementations(hopper, torch.bfloat16, KernelsConfig(**{operation: "transformer_engine"}))
+
+
+def test_libraries_that_do_not_repeat_are_refused_for_deterministic_runs(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, bf16 = hopper, torch.bfloat16
     attention = KernelsConfig(attention="transformer_engine")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     torch.use_deterministic_algorithms(True)
     try:
         for operation in ("ssd", "mamba_core"):
