@@ -99,7 +99,8 @@ def draw(bars: dict[str, tuple[float, float]], title: str, picture: Path) -> Non
         axes.bar_label(axes.bar([place + offset for place in range(len(bars))], values, 0.4, label=label), fmt="%.1f")
     axes.set_xticks(range(len(bars)), bars)
     axes.set(title=title, ylabel="ms per image")
-    axes.legend(frameon=False)
+    axes.margins(y=0.1)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(picture, dpi=110)
 
 
