@@ -206,8 +206,8 @@ def show_standardizers(figures: dict[str, Any], picture: Path) -> str:
                 axes.plot([place - 0.3, place + 0.3], [statistics.mean(shares)] * 2, color="black")
             axes.axhline(1.0, color="gray", lw=0.8, ls=":")
             axes.set_xticks(range(len(kinds)), kinds, rotation=45)
-            axes.set(title=f"{name}: MSE / variance", yscale="log")
-            axes.grid(alpha=0.3, which="both", axis="y")
+            axes.set(title=f"{name}: MSE / variance", ylim=(0, 1.05))
+            axes.grid(alpha=0.3, axis="y")
 
     _draw(picture, len(names), draw)
     return "\n".join(lines)
