@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from megatron_hybrid.config.quantities import RunPosition, TokenCount, resolve_position
 from megatron_hybrid.layout.float8 import DIMENSION_UNIT, plan_float8
-from megatron_hybrid.layout.pattern import parse_pattern
+from megatron_hybrid.layout.pattern import MLP, parse_pattern
 from megatron_hybrid.layout.stages import plan_stages
 
 
@@ -37,8 +37,8 @@ class ModelConfig(Section):
     """Layer kinds in order: M (Mamba-2), * (attention), - (MLP); | marks a pipeline-stage cut and is no layer."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
-    ffn_hidden_size: int = Field(gt=0)
-    """Inner width of the MLP layers (squared ReLU, not gated)."""
+    ffn_hidden_size: int | tuple[int, ...]
+    """Inner width of the MLP layers (squared ReLU, not gated): one number for all, or a list with one for each in model order."""
     num_attention_heads: int = Field(gt=0)
     """Query heads of the attention layers."""
     num_kv_heads: int = Field(gt=0)
@@ -72,6 +72,18 @@ class ModelConfig(Section):
     tie_embeddings: Literal[False] = False
     """Input and output embeddings are separate, as in Nemotron-H; tying them is not supported."""
 
+    @property
+    def ffn_hidden_sizes(self) -> tuple[int, ...]:
+        """Inner width of each MLP layer, in model order."""
+        widths = self.ffn_hidden_size
+        return (widths,) * self.layer_kinds.count(MLP) if isinstance(widths, int) else widths
+
+    def of_layer(self, layer: int) -> ModelConfig:
+        """The model as one of its layers sees it: of an MLP layer, ``ffn_hidden_size`` is that layer's own width."""
+        if isinstance(self.ffn_hidden_size, int) or self.layer_kinds[layer] != MLP:
+            return self
+        return self.model_copy(update={"ffn_hidden_size": self.ffn_hidden_size[self.layer_kinds[:layer].count(MLP)]})
+
     def architecture(self) -> dict[str, Any]:
         """What decides the weights' names and shapes and what they mean, as plain JSON: how a checkpoint says whose it is."""
         return self.model_dump(mode="json", exclude={"mamba_chunk_size", "init_std"}) | {"pattern": self.layer_kinds}
@@ -96,6 +108,19 @@ class ModelConfig(Section):
     def num_layers(self) -> int:
         """Layers of every kind together."""
         return len(self.layer_kinds)
+
+    @field_validator("ffn_hidden_size", mode="before")
+    @classmethod
+    def _is_one_width_or_one_for_each_mlp(cls, value: object, info: ValidationInfo) -> int | tuple[int, ...]:
+        is_list = isinstance(value, (list, tuple))
+        widths = tuple(value) if is_list else (value,)
+        if any(type(width) is not int or width < 1 for width in widths):
+            raise ValueError(f"expected a whole number above 0, or a list of them, got {list(widths) if is_list else value!r}")
+        num_mlp = info.data.get("pattern", "").count(MLP)
+        if is_list and "pattern" in info.data and len(widths) != num_mlp:
+            raise ValueError(f"{list(widths)} names {len(widths)} widths, but the pattern has {num_mlp} MLP layers; give one for each")
+        # Of equal widths one number remains, so that one model is written in one way.
+        return widths[0] if len(set(widths)) == 1 else widths
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -516,11 +541,13 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, sequence_length: 
 
 def _check_tensor_split(model: ModelConfig, tensor: int) -> None:
     """Every split dimension must divide by the tensor ranks (facts of the mixer: heads and groups both split)."""
-    dimensions = {"model.ffn_hidden_size": model.ffn_hidden_size, "padded vocabulary": model.padded_vocab_size}
+    dimensions = {"padded vocabulary": model.padded_vocab_size}
     if "M" in model.pattern:
         dimensions |= {"model.mamba_num_heads": model.mamba_num_heads, "model.mamba_num_groups": model.mamba_num_groups}
     if "*" in model.pattern:
         dimensions |= {"model.num_attention_heads": model.num_attention_heads, "model.num_kv_heads": model.num_kv_heads}
+    for width in model.ffn_hidden_sizes:
+        _require_divides("parallel.tensor", tensor, "model.ffn_hidden_size", width)
     for name, size in dimensions.items():
         _require_divides("parallel.tensor", tensor, name, size)
 

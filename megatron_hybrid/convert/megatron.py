@@ -21,6 +21,7 @@ from megatron_hybrid.convert.source import Companions, Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
 from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenizer, stage_numbers
 from megatron_hybrid.convert.torch_dist import TorchDistReader, TorchDistWriter, finish_directory
+from megatron_hybrid.convert.widen import require_one_width
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ARGUMENTS = {
@@ -163,8 +164,13 @@ class MegatronTarget:
 
 
 def arguments_of(plan: Plan, iteration: int) -> dict[str, Any]:
-    """Return the arguments that Megatron-LM compares with its own, or takes over with ``--use-checkpoint-args``."""
+    """Return the arguments that Megatron-LM compares with its own, or takes over with ``--use-checkpoint-args``.
+
+    Raises:
+        ValueError: MLP layers differ in width.
+    """
     model, layout = plan.model, plan.layout
+    require_one_width(model, "Megatron-LM")
     return {
         **{theirs: getattr(model, ours) for ours, theirs in _ARGUMENTS.items()},
         **_FIXED,

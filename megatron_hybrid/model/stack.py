@@ -38,7 +38,10 @@ class HybridStack(torch.nn.Module):
         self.first_layer, end = layer_range
         self.recompute_layers = recompute == "full"
         kinds = model.layer_kinds[self.first_layer : end]
-        self.layers = torch.nn.ModuleList(_LAYERS[kind](model, config, ops, recompute_core=recompute == "selective") for kind in kinds)
+        self.layers = torch.nn.ModuleList(
+            _LAYERS[kind](model.of_layer(number), config, ops, recompute_core=recompute == "selective")
+            for number, kind in enumerate(kinds, self.first_layer)
+        )
         self.final_norm = Norm(model.hidden_size, config, ops) if has_final_norm else None
 
     def forward(self, hidden_LBD: Tensor, sequence: Sequence, caches: Items[object] | None = None) -> Tensor:

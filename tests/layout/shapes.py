@@ -14,6 +14,13 @@ def preset(name: str) -> ModelConfig:
     return load_model(name)[0]
 
 
+def with_widths(model: ModelConfig, seed: int, unit: int = 1) -> ModelConfig:
+    """The same with another width in every MLP layer, multiples of ``unit``."""
+    draw = random.Random(seed)
+    num_mlp = model.layer_kinds.count("-")
+    return ModelConfig.model_validate(model.model_dump() | {"ffn_hidden_size": draw.sample(range(unit, 100 * unit, unit), num_mlp)})
+
+
 def random_model(seed: int, num_layers: int = 9, tensor: int = 1) -> ModelConfig:
     """A model of random dimensions that ``tensor`` divides where it must."""
     draw = random.Random(seed)

@@ -137,7 +137,7 @@ def find_parent(config: MiniPuzzleConfig) -> Parent:
     """Return the parent that the compression names.
 
     Raises:
-        ValueError: it is neither a preset, nor a run directory, nor a checkpoint that is sound.
+        ValueError: it is neither a preset, nor a run directory, nor a checkpoint that is sound; or its MLP layers differ in width.
     """
     if config.parent in preset_names():
         return Parent(load_model(config.parent)[0], None, config)
@@ -149,4 +149,10 @@ def find_parent(config: MiniPuzzleConfig) -> Parent:
             f"parent: {config.parent} is neither a run directory, nor a checkpoint, nor a preset ({', '.join(preset_names())})"
         )
     source = NativeSource(path)
+    if not isinstance(source.model.ffn_hidden_size, int):
+        # The grid asks for one width of all MLP layers, and its arithmetic knows one whole width.
+        narrowest, widest = min(source.model.ffn_hidden_size), max(source.model.ffn_hidden_size)
+        raise ValueError(
+            f"parent: the MLP layers of {config.parent} are {narrowest} to {widest} wide; only a parent with one width can be compressed"
+        )
     return Parent(source.model, source.path, config)

@@ -27,7 +27,6 @@ class Result:
     name: str
     """The candidate's; empty for the parent."""
     num_parameters: int
-    """Those that are not zeros standing in for neurons."""
     tokens: int
     """Tokens it was trained on after pruning."""
     loss: float
@@ -235,4 +234,4 @@ def to_subject(kind: ResultKind, candidate: Candidate, parent: ModelConfig, run_
     from megatron_hybrid.convert.native import NativeSource
 
     model, checkpoint = candidate.model(parent), NativeSource(run_dir).path
-    return Subject(kind, candidate.name, model, checkpoint, num_parameters(model) - candidate.num_absent_parameters, tokens)
+    return Subject(kind, candidate.name, model, checkpoint, num_parameters(model), tokens)
