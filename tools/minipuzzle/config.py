@@ -23,6 +23,7 @@ from megatron_hybrid.config.quantities import TokenCount
 from megatron_hybrid.config.schema import KernelsConfig, Section
 
 Axis = Literal["layers", "ffn", "mamba", "hidden"]
+Stage = Literal["score", "search", "prune", "distill", "report"]
 
 
 class ScoreConfig(Section):

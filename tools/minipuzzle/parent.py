@@ -103,6 +103,15 @@ class Parent:
         parallel = self.config.parallel.model_copy(update={"sequence_parallel": False, "virtual_pipeline": 1, "stages": None})
         return self.build_run(run_dir, model or self.model, 1, parallel=parallel.model_dump(), optimizer={"lr": 1e-5})
 
+    def timing_run(self, run_dir: Path) -> RunConfig:
+        """Return a run for timing decoding: as generation runs, without deterministic algorithms.
+
+        Raises:
+            ValueError: as ``forward_run``.
+        """
+        run = self.forward_run(run_dir)
+        return run.model_copy(update={"runtime": run.runtime.model_copy(update={"deterministic": False})})
+
     def build_run(self, run_dir: Path, model: ModelConfig, steps: int, **options: Any) -> RunConfig:
         """Return a run over the compression's text, with its batch, layout and device.
 

@@ -163,7 +163,7 @@ class ResultEntry:
 
 def measure_speed(parent: Parent, child: ModelConfig) -> int:
     """Time parent and child on this device, on one rank, and add the times to ``results.json``; return the exit code."""
-    run = parent.forward_run(parent.config.work_dir).model_copy(update={"parallel": ParallelConfig()})
+    run = parent.timing_run(parent.config.work_dir).model_copy(update={"parallel": ParallelConfig()})
     return run_on_ranks(SpeedEntry(parent, child), run)
 
 

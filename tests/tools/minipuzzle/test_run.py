@@ -19,6 +19,17 @@ from tools.minipuzzle.run import chosen_candidates, run
 from tools.minipuzzle.scores import load_scores
 
 
+def _last_file(config: MiniPuzzleConfig) -> str:
+    """The last stage whose file is there."""
+    files = WorkFiles(config.work_dir)
+    if files.report.exists():
+        return "report"
+    if (config.work_dir / "scratch").exists():
+        return "distill"
+    pruned = (config.work_dir / "pruned").exists()
+    return "prune" if pruned else "search" if files.candidates.exists() else "score" if files.scores.exists() else ""
+
+
 def run_plan(folder: Path) -> tuple[int, float]:
     """All stages, then again; runs on one rank. Returns the exit code and the time of the second start relative to the first."""
     import os
@@ -28,6 +39,9 @@ def run_plan(folder: Path) -> tuple[int, float]:
         os.environ.pop(name, None)
     config = compression(folder, baselines={"scratch": True, "finetune": True})
     start_s = time.perf_counter()
+    for until in ("score", "search", "prune", "distill"):
+        assert run(config, until) == 0
+        assert _last_file(config) == until
     code = run(config)
     first_s = time.perf_counter() - start_s
     start_s = time.perf_counter()
