@@ -51,7 +51,15 @@ Step = Callable[[], float]
 """Runs one training step and returns its loss."""
 
 
-def make_run(case: str, precision: str, *, deterministic: bool = False, graphs: str = "auto", length: int | None = None) -> RunConfig:
+def make_run(
+    case: str,
+    precision: str,
+    *,
+    deterministic: bool = False,
+    graphs: str = "auto",
+    length: int | None = None,
+    fp8_implementation: str = "auto",
+) -> RunConfig:
     """The benchmark's run; nothing reads its paths. ``length`` changes the sequence length and keeps the tokens of a step."""
     preset, overrides, case_length, num_micro_batches = CASES[case]
     tokens = case_length * num_micro_batches
@@ -63,7 +71,7 @@ def make_run(case: str, precision: str, *, deterministic: bool = False, graphs: 
         optimizer={"lr": 1e-4},
         train={"steps": 1, "global_batch_size": tokens // length},
         parallel={"data": 1},
-        fp8={"recipe": "off" if precision == "bf16" else precision},
+        fp8={"recipe": "off" if precision == "bf16" else precision, "implementation": fp8_implementation},
         runtime={"device": "cuda", "deterministic": deterministic, "cuda_graphs": graphs},
     )
 
@@ -271,6 +279,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7, help="counted steps (default: %(default)s)")
     parser.add_argument("--length", type=int, help="another sequence length, at the same tokens per step")
     parser.add_argument("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs of ours")
+    parser.add_argument("--fp8-implementation", default="auto", help="of ours, as fp8.implementation")
     parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms in ours")
     parser.add_argument("--profile", action="store_true", help="also print where the time of a step goes")
     arguments = parser.parse_args()
@@ -292,6 +301,7 @@ def main() -> int:
         deterministic=arguments.deterministic,
         graphs=arguments.graphs,
         length=arguments.length,
+        fp8_implementation=arguments.fp8_implementation,
     )
     report = measure(arguments.system, run, arguments.steps, arguments.profile)
     print(json.dumps({"case": arguments.case, "precision": arguments.precision} | report))

@@ -26,7 +26,7 @@ def test_a_gpu_takes_kernels_and_attention_by_precision_and_determinism(monkeypa
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     bf16 = choose_implementations(device, torch.bfloat16)
-    assert bf16["attention"] == "cudnn" and bf16["linear"] == "cublas"
+    assert bf16["attention"] == "cudnn" and bf16["linear"] == "cublaslt"
     assert {bf16[name] for name in OPERATIONS if name not in ("attention", "linear")} == {"triton"}
     assert choose_implementations(device, torch.float32)["attention"] == "sdpa"
     torch.use_deterministic_algorithms(True)

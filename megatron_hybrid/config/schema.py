@@ -330,9 +330,9 @@ class Fp8Config(Section):
     """First layers of the whole pattern that stay in the working precision; every character of the pattern counts."""
     bf16_layers_at_end: int = Field(0, ge=0)
     """Last layers of the whole pattern that stay in the working precision."""
-    implementation: Literal["auto", "emulated", "scaled_mm", "transformer_engine"] = "auto"
-    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, transformer_engine: float8 tensor cores through torch or through
-    Transformer Engine. auto: emulated on a CPU, on a GPU Transformer Engine where it is installed."""
+    implementation: Literal["auto", "emulated", "scaled_mm", "cublaslt", "transformer_engine"] = "auto"
+    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, cublaslt, transformer_engine: float8 tensor cores through torch,
+    by algorithms pinned for each shape, or through Transformer Engine. auto: emulated on a CPU, cublaslt on a GPU."""
     telemetry_every_steps: int | None = Field(None, gt=0)
     """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none. On a GPU such a step runs
     beside the CUDA graph and needs a micro-batch's activations once more."""
@@ -404,8 +404,9 @@ class KernelsConfig(Section):
     """The norm in front of every layer."""
     squared_relu: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """The MLP's activation."""
-    linear: Literal["auto", "reference", "cpu", "cublas"] = "auto"
-    """Products of the layers' linears in the working precision; cublas adds weight gradients in fp32 within the product."""
+    linear: Literal["auto", "reference", "cpu", "cublas", "cublaslt"] = "auto"
+    """Products of the layers' linears in the working precision; both GPU versions add weight gradients in fp32 within
+    the product, cublaslt by algorithms pinned for each shape."""
     attention: Literal["auto", "reference", "cpu", "sdpa", "cudnn"] = "auto"
     """Causal attention."""
     embedding: Literal["auto", "reference", "cpu", "triton"] = "auto"

@@ -47,7 +47,9 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Ke
     chosen = {name: "cpu" for name in OPERATIONS}
     if device.type == "cuda":
         # Versions named "cpu" are made of torch operations and run anywhere; a GPU has better ones.
-        chosen |= {name: "triton" for name in OPERATIONS if "triton" in IMPLEMENTATIONS[name]} | {"linear": "cublas"}
+        chosen |= {name: "triton" for name in OPERATIONS if "triton" in IMPLEMENTATIONS[name]} | {
+            "linear": "cublaslt" if torch.version.hip is None else "cublas"
+        }
         is_new = torch.cuda.get_device_capability(device) >= _LEAST_CUDNN_CAPABILITY
         chosen["attention"] = "cudnn" if is_new and _cudnn_obstacle(dtype) is None else "sdpa"
     asked = {} if choices is None else {name: getattr(choices, name) for name in OPERATIONS}
@@ -58,7 +60,7 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Ke
 
 
 def _require_runs(name: str, implementation: str, device: torch.device, dtype: torch.dtype) -> None:
-    if implementation in ("triton", "cublas", "cudnn") and device.type != "cuda":
+    if implementation in ("triton", "cublas", "cublaslt", "cudnn") and device.type != "cuda":
         raise ValueError(f"kernels.{name}={implementation} needs a GPU, this run is on a CPU; set it to auto, cpu or reference")
     if implementation == "cudnn" and (obstacle := _cudnn_obstacle(dtype)):
         raise ValueError(f"kernels.{name}=cudnn cannot be had because {obstacle}; change that, or set it to auto or sdpa")

@@ -30,7 +30,12 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpu": "activation:squared_relu",
             "triton": "triton.activation:squared_relu",
         },
-        "linear": {"reference": "linear:linear_reference", "cpu": "linear:linear", "cublas": "linear_accumulating:linear_accumulating"},
+        "linear": {
+            "reference": "linear:linear_reference",
+            "cpu": "linear:linear",
+            "cublas": "linear_accumulating:linear_cublas",
+            "cublaslt": "linear_accumulating:linear_cublaslt",
+        },
         "attention": {
             "reference": "attention:attention_reference",
             "cpu": "attention_blocked:attention_blocked",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from megatron.core.parallel_state import (
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_hybrid.config import OptimizerConfig, RunConfig
+from megatron_hybrid.ops.installed import has_transformer_engine
 from megatron_hybrid.train.mended_optimizers import mend
 
 
@@ -86,9 +86,8 @@ def _keeps_remainders(run: RunConfig, chunks: list[DistributedDataParallel]) -> 
 
     megatron-core lets an optimizer keep masters only where Transformer Engine is installed.
     """
-    has_transformer_engine = importlib.util.find_spec("transformer_engine_torch") is not None
     on_cuda = next(chunks[0].parameters()).is_cuda
-    return on_cuda and has_transformer_engine and run.train.precision == "bf16" and run.parallel.distributed_optimizer
+    return on_cuda and has_transformer_engine() and run.train.precision == "bf16" and run.parallel.distributed_optimizer
 
 
 class ScalingOptimizer(ChainedOptimizer):
@@ -126,9 +125,12 @@ def gradient_finisher(optimizer: MegatronOptimizer) -> Callable[..., None]:
 
     def finish(chunks: list[torch.nn.Module], num_tokens: torch.Tensor, **options: Any) -> None:
         finalize_model_grads(chunks, None, **options)
-        # Only the last pipeline stage counts them.
-        torch.distributed.broadcast(num_tokens, get_pipeline_model_parallel_last_rank(), group=get_pipeline_model_parallel_group())
-        torch.distributed.all_reduce(num_tokens, group=get_data_parallel_group(with_context_parallel=True))
+        # Only the last pipeline stage counts them. A group of one would cost NCCL's buffers and nothing else.
+        pipeline, data = get_pipeline_model_parallel_group(), get_data_parallel_group(with_context_parallel=True)
+        if pipeline.size() > 1:
+            torch.distributed.broadcast(num_tokens, get_pipeline_model_parallel_last_rank(), group=pipeline)
+        if data.size() > 1:
+            torch.distributed.all_reduce(num_tokens, group=data)
         optimizer.num_tokens = num_tokens
 
     return finish
