@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ TRAINED: dict[ResultKind, str] = {"long": "distilled", "finetune": "fine-tuned w
 """The trainings that are compared, on as many tokens each, and what people call them."""
 _COLORS: dict[ResultKind, str] = {"long": "tab:green", "finetune": "tab:blue", "scratch": "tab:red"}
 
-_LOWEST_SHOWN = -1.0
-"""Where the picture of the shares ends: as much again lost as pruning cost."""
+_LOWEST_SHOWN, _HIGHEST_SHOWN = -1.0, 1.2
+"""Where the picture of the shares ends: as much again lost as pruning cost, and a little more than all of it won back."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
     """Left the losses, right the shares won back: a bar for the mean, a dot for every seed."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    trained = [(kind, TRAINED[kind].replace(" without", "\nwithout"), _COLORS[kind]) for kind in comparison.kinds]
+    trained = [(kind, textwrap.fill(TRAINED[kind], 12), _COLORS[kind]) for kind in comparison.kinds]
     losses = [(name, comparison.losses(kind), color) for kind, name, color in trained]
     losses = [
         ("parent", comparison.losses("parent"), "tab:gray"),
@@ -162,9 +163,11 @@ def draw_comparison(comparison: Comparison) -> Figure:
     right.axhline(1.0, color="tab:gray", lw=1, ls="--")
     # What lost more than pruning did is far below, and would flatten the rest: cut off there, said in its label.
     lowest = min(value for _, spread, _ in shares for value in spread.values)
-    right.set_ylim(bottom=max(min(lowest, 0.0) * 1.1, _LOWEST_SHOWN), top=1.15)
+    right.set_ylim(bottom=max(min(lowest, 0.0) * 1.1, _LOWEST_SHOWN), top=_HIGHEST_SHOWN)
     for place, (_, spread, _) in enumerate(shares):
-        right.text(place, max(spread.mean, 0.0) + 0.02, spread.describe(0, 100, " %"), ha="center", va="bottom")
+        right.text(
+            place, min(max(*spread.values, 0.0) + 0.04, _HIGHEST_SHOWN - 0.1), spread.describe(0, 100, " %"), ha="center", va="bottom"
+        )
     right.set_ylabel("share of the lost loss won back")
     return figure
 
