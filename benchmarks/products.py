@@ -25,8 +25,7 @@ from megatron_hybrid.config.load import load_model
 from megatron_hybrid.ops.cublaslt import Plan, problem_of, products_on
 from megatron_hybrid.ops.product import multiply_torch
 
-NUM_CANDIDATES, NUM_ROUNDS, LEAST_GAIN = 8, 3, 0.01
-FLOPS_PER_TIMING = 25e12
+NUM_CANDIDATES, LEAST_GAIN = 8, 0.01
 HEAD_ROWS = 4096
 """Rows of logits that the loss makes at a time."""
 E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
@@ -65,18 +64,29 @@ def products_of(tokens: int, outputs: int, inputs: int, *, float8: bool) -> Iter
     yield "dweight", dy, x, out(outputs, inputs, torch.float32), True, False
 
 
-def milliseconds(step: Callable[[], object], num_runs: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    step()
+def sustained_ms(step: Callable[[], object], seconds: float) -> float:
+    """Milliseconds of a step once it has run for half of ``seconds``.
+
+    A GPU under matrix products slows down to keep its power limit, within some tenths of a second, and by how much depends on the
+    algorithm: the fastest of a short burst was no faster in a training step (docs/log.md).
+    """
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     start.record()
+    step()
+    middle.record()
+    torch.cuda.synchronize()
+    num_runs = max(2, int(500 * seconds / start.elapsed_time(middle)))
+    for _ in range(num_runs):
+        step()
+    middle.record()
     for _ in range(num_runs):
         step()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / num_runs
+    return middle.elapsed_time(end) / num_runs
 
 
-def tune(name: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool, fast: bool) -> tuple[str, int, dict[str, float]]:
+def tune(name: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool, fast: bool, seconds: float) -> tuple[str, int, dict[str, float]]:
     """The problem as text, the best candidate, and milliseconds of torch, the first guess and the best."""
     problem = problem_of(a, b, out, accumulate=accumulate, fast=fast)
     plan = Plan(products_on(0), problem, NUM_CANDIDATES)
@@ -84,18 +94,13 @@ def tune(name: str, a: Tensor, b: Tensor, out: Tensor, accumulate: bool, fast: b
     steps: list[Callable[[], object]] = [lambda candidate=each: plan.run(candidate, a, b, out, one, one) for each in plan.candidates]
     if one is None:
         steps.append(lambda: multiply_torch(a, b, out=out, accumulate=accumulate))
-    flops = 2 * problem.m * problem.n * problem.k
-    times = [
-        min(row)
-        for row in zip(
-            *([milliseconds(step, max(3, int(FLOPS_PER_TIMING / flops))) for step in steps] for _ in range(NUM_ROUNDS)), strict=True
-        )
-    ]
+    times = [sustained_ms(step, seconds) for step in steps]
     guesses = times[: len(plan.candidates)]
     best = min(range(len(guesses)), key=guesses.__getitem__)
     if guesses[best] > (1 - LEAST_GAIN) * guesses[0]:
         best = 0
     found = {"first": guesses[0], "best": guesses[best]} | ({"torch": times[-1]} if one is None else {})
+    flops = 2 * problem.m * problem.n * problem.k
     rates = {key: round(flops / value / 1e9) for key, value in found.items()}
     print(json.dumps({"product": name, "problem": str(problem), "choice": best, "TFLOP/s": rates}), flush=True)
     return str(problem), best, found
@@ -108,6 +113,9 @@ def main() -> None:
     parser.add_argument("model", help="a preset, or a YAML file with a model")
     parser.add_argument("--tokens", type=int, required=True, help="tokens of a micro-batch")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.4, help="that each algorithm runs, half of it before the clock (default: %(default)s)"
+    )
     parser.add_argument("--write", type=Path, help="a file of pinned choices to add to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -120,7 +128,7 @@ def main() -> None:
             continue
         tokens = min(arguments.tokens, HEAD_ROWS) if linear == "head" else arguments.tokens
         for name, *product in products_of(tokens, outputs, inputs, float8=float8):
-            problem, best, found = tune(f"{linear} {name}", *product)
+            problem, best, found = tune(f"{linear} {name}", *product, arguments.seconds)
             chosen[problem] = best
             total = sums.setdefault("float8" if float8 else "bf16", {})
             for key, value in found.items():

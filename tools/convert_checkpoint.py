@@ -164,9 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     # Only now: torch and megatron-core take seconds that a typing error should not have to wait for.
     from megatron_hybrid.substrate.exit_codes import ExitCode
+    from megatron_hybrid.substrate.host_memory import map_large_blocks
     from megatron_hybrid.substrate.quiet import silence_known_warnings
 
     silence_known_warnings()
+    map_large_blocks()
     try:
         check_options(arguments)
         return _convert(arguments)

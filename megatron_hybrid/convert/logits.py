@@ -1,7 +1,10 @@
 """Whether our layers and transformers' NemotronHForCausalLM compute the same from the same weights and tokens, layer by layer.
 
 Both run in fp32 whatever the checkpoint's dtype, so that their difference is what two orders of summation make, and a wrong layout stands
-far out of it. One layer is in memory at a time.
+far out of it.
+
+One layer is in memory at a time, and its matrices in the conversion's dtype: a product turns rows of them into fp32 as it needs them. An
+MLP layer's two matrices have one size, so that in fp32 they would take four times what the larger takes in a bf16 checkpoint.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
 LENGTH, CHUNK_LENGTH = 160, 32
 """Several chunks, so that the state is carried from one to the next; short ones, because what a chunk needs in memory grows with its
 length squared. The models' own length decides their speed alone."""
-_ELEMENTS_PER_BLOCK = 1 << 23
-"""Of the output layer's weight, in fp32 at a time."""
+_ELEMENTS_PER_BLOCK = 1 << 21
+"""Of a matrix, in fp32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def compare_logits(ours: Source, hub: Source, dtypes: Sequence[torch.dtype], bou
 
 
 class _Table:
-    """Parameters of one checkpoint, by name and one at a time, in fp32."""
+    """Parameters of one checkpoint, by name and one at a time: matrices in the conversion's dtype, all others in fp32."""
 
     def __init__(self, source: Source, dtypes: Sequence[torch.dtype]) -> None:
         self._source = source
@@ -145,15 +148,14 @@ class _Table:
         """A parameter of ours by its global name, whole: its components are joined."""
         (found,) = (entry for entry in self._entries if entry[0].parameter == name)
         parts = self._read("native", found)
-        rows = sum(len(part) for part in parts)
-        return torch.cat(parts, out=torch.empty(rows, *parts[0].shape[1:]))
+        return _widened(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def their_layer(self, layer: int | None) -> Iterator[tuple[str, Tensor]]:
         """transformers' parameters of a layer, or the final norm, by their name in the whole model."""
         for entry in self._entries:
             if entry[0].layer == layer and entry[0].arrangement != "vocabulary":
                 for description, tensor in zip(entry[0].hub, self._read("hub", entry), strict=True):
-                    yield description.name, tensor.float()
+                    yield description.name, _widened(tensor)
 
     def _read(self, form: Form, entry: tuple[Correspondence, torch.dtype]) -> list[Tensor]:
         return read_as(form, self._source, *entry, self._source.model)
@@ -170,8 +172,7 @@ def run_our_layer(
     has_final_norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run one layer of ours; returns the residual stream after it, and that after the final norm too (or again without one)."""
-    # The fast product copies the weight into an arrangement of its own.
-    ops = replace(select_ops("cpu", chunk_length=CHUNK_LENGTH), linear=linear_reference)
+    ops = replace(select_ops("cpu", chunk_length=CHUNK_LENGTH), linear=linear_in_blocks)
     stack = HybridStack(model, config, ops, layer_range=(layer, layer + 1), recompute="none", has_final_norm=has_final_norm).eval()
     for name, parameter in stack.named_parameters():
         parameter.data = table.our_parameter(global_name(f"decoder.{name}", layer)).view(parameter.shape)
@@ -192,6 +193,11 @@ def run_their_layer(table: _Table, config: NemotronHConfig, layer: int, hidden_B
     model.layers[0].register_forward_hook(lambda module, arguments, output: outputs.append(output))
     final_BLD = model(inputs_embeds=hidden_BLD, use_cache=False).last_hidden_state
     return outputs[0], final_BLD
+
+
+def linear_in_blocks(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """`x @ weight.T` in fp32 with a weight of any dtype: x [..., I], weight [O, I], result [..., O]."""
+    return torch.cat([linear_reference(x, block.float()) for block in weight_OI.split(_rows_per_block(weight_OI))], dim=-1)
 
 
 def unclamped(config: NemotronHConfig) -> NemotronHConfig:
@@ -219,7 +225,25 @@ def _build_unfilled(config: NemotronHConfig) -> NemotronHModel:
     from transformers import NemotronHModel
 
     with torch.device("meta"):
-        return NemotronHModel(config).eval()
+        model = NemotronHModel(config).eval()
+        linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        for name, module in linears:
+            model.set_submodule(name, _LinearInBlocks(module.in_features, module.out_features, bias=False))
+    return model
+
+
+class _LinearInBlocks(torch.nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_in_blocks(input, self.weight)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """What a layer holds of a tensor: matrices, which only products read, as they are."""
+    return tensor if tensor.ndim == 2 else tensor.float()
+
+
+def _rows_per_block(matrix: Tensor) -> int:
+    return max(1, _ELEMENTS_PER_BLOCK // matrix.shape[-1])
 
 
 def _relative_error(here: Tensor, there: Tensor) -> float:
@@ -230,7 +254,7 @@ def _compare_heads(our_table: _Table, here_BLD: Tensor, their_table: _Table, the
     """Project onto the vocabulary in blocks of rows, and compare."""
     our_head_VD, their_head_VD = our_table.head(), their_table.head()
     here_ND, there_ND = here_BLD.flatten(0, 1), there_BLD.flatten(0, 1)
-    rows = max(1, _ELEMENTS_PER_BLOCK // here_ND.shape[-1])
+    rows = _rows_per_block(our_head_VD)
     largest = total = scale = 0.0
     dots = torch.zeros(3, dtype=torch.float64)
     best = [(torch.full((len(here_ND),), float("-inf")), torch.zeros(len(here_ND), dtype=torch.long)) for _ in range(2)]

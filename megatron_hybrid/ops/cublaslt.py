@@ -1,9 +1,8 @@
 """Matrix products through cuBLASLt, called directly so that the algorithm is ours to choose.
 
-For one product cuBLASLt's heuristic names several algorithms, its best guess first; torch takes the first that fits a small workspace. At
-the shapes of this project's presets another one of the first eight is up to a fifth faster, so measured choices are pinned by shape in
-``cublaslt_choices.json``, written by ``benchmarks/products.py``; every other shape takes the first guess. Nothing is timed at run time:
-every rank and every restart computes the same bits.
+For one product cuBLASLt's heuristic names several algorithms, its best guess first. Choices measured by ``benchmarks/products.py`` can be
+pinned by shape in ``cublaslt_choices.json``; every other shape takes the first guess. Nothing is timed at run time: every rank and every
+restart computes the same bits. So far nothing is pinned: what was fastest in short bursts was not in a training step (docs/log.md).
 
 cuBLASLt counts in columns: what it is given is ``out^T = b a^T``, of the same memory.
 """

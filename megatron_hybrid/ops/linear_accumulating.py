@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_hybrid.ops import cublaslt
 from megatron_hybrid.ops.main_grad import add_product, has_main_grad, mark_added
-from megatron_hybrid.ops.product import Multiply, fastest_multiply, multiply_torch
+from megatron_hybrid.ops.product import Multiply, multiply_torch
 
 
 class _AccumulatingLinear(torch.autograd.Function):
@@ -37,4 +38,4 @@ def linear_cublas(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 def linear_cublaslt(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`linear_cublas` through cuBLASLt by algorithms of our choice (``ops/cublaslt.py``)."""
-    return _AccumulatingLinear.apply(x, weight_OI, fastest_multiply(x.device))
+    return _AccumulatingLinear.apply(x, weight_OI, cublaslt.multiply)

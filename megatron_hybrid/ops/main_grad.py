@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_hybrid.ops.product import Multiply
+from megatron_hybrid.ops.product import Multiply, multiply_torch
 
 
 def has_main_grad(weight: Tensor) -> bool:
@@ -16,7 +16,7 @@ def has_main_grad(weight: Tensor) -> bool:
     return weight.requires_grad and getattr(weight, "main_grad", None) is not None
 
 
-def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor, multiply: Multiply) -> None:
+def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor, multiply: Multiply = multiply_torch) -> None:
     """Add ``dy.T @ x`` to ``weight.main_grad`` in one matrix product."""
     multiply(dy_MO.t(), x_MI.t(), out=weight_OI.main_grad, accumulate=True)
 

@@ -1,4 +1,4 @@
-"""The matrix product under linears and output layers on GPUs, in more than one implementation with one signature."""
+"""The matrix product under linears and output layers on GPUs: its signature, and torch's implementation (``cublaslt.py`` has another)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,3 @@ def multiply_torch(a_MK: Tensor, b_NK: Tensor, *, out: Tensor | None = None, acc
     if a_MK.dtype == out.dtype:
         return out.addmm_(a_MK, b_NK.t())
     return torch.addmm(out, a_MK, b_NK.t(), out_dtype=out.dtype, out=out)
-
-
-def fastest_multiply(device: torch.device) -> Multiply:
-    """cuBLASLt on NVIDIA GPUs, torch elsewhere."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return multiply_torch
-    from megatron_hybrid.ops.cublaslt import multiply
-
-    return multiply

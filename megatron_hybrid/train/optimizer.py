@@ -24,7 +24,6 @@ from megatron.core.parallel_state import (
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_hybrid.config import OptimizerConfig, RunConfig
-from megatron_hybrid.ops.installed import has_transformer_engine
 from megatron_hybrid.train.mended_optimizers import mend
 
 
@@ -67,27 +66,25 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
-        use_precision_aware_optimizer=_keeps_remainders(run, chunks),
     )
+    keeps_remainders = bf16 and run.parallel.distributed_optimizer and has_optimizer_kernel(chunks)
+    # Leaves masters to the optimizer. megatron-core derives it from an option that also wants Transformer Engine's AdamW; ours stands in.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = keeps_remainders
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=get_standard_config_overrides(config))
     for part in optimizer.chained_optimizers:
         mend(part)
-        if USING_PYTORCH_OPTIMIZER:
+        if USING_PYTORCH_OPTIMIZER and not keeps_remainders:
             _allocate_state(part.optimizer)
-    if config.use_precision_aware_optimizer:
+    if keeps_remainders:
         optimizer.__class__ = ScalingOptimizer
         optimizer.use_remainders()
     apply_options(optimizer, options)
     return optimizer
 
 
-def _keeps_remainders(run: RunConfig, chunks: list[DistributedDataParallel]) -> bool:
-    """Whether a bf16 weight and 16 bits stand for its fp32 master: on GPUs, in megatron-core's distributed optimizer.
-
-    megatron-core lets an optimizer keep masters only where Transformer Engine is installed.
-    """
-    on_cuda = next(chunks[0].parameters()).is_cuda
-    return on_cuda and has_transformer_engine() and run.train.precision == "bf16" and run.parallel.distributed_optimizer
+def has_optimizer_kernel(chunks: list[DistributedDataParallel]) -> bool:
+    """Whether the weights are where ``adamw.RemainderAdamW`` runs, so that 16 bits beside a bf16 weight can stand for its fp32 master."""
+    return next(chunks[0].parameters()).is_cuda
 
 
 class ScalingOptimizer(ChainedOptimizer):

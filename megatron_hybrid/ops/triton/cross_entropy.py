@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_hybrid.ops.cross_entropy import LOG2_E, check_labels
 from megatron_hybrid.ops.main_grad import add_product, has_main_grad, mark_added
-from megatron_hybrid.ops.product import fastest_multiply
 
 _BLOCK_V = 8192
 _NUM_WARPS = 16
@@ -169,18 +168,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight_VD = None
         if wants_gradients and not into_main_grad:
             dweight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
-        multiply = fastest_multiply(hidden.device)
         for start in range(0, labels_N.shape[0], num_rows_per_chunk):
             rows = slice(start, start + num_rows_per_chunk)
-            logits_NV = multiply(hidden_ND[rows], weight_VD)
+            logits_NV = hidden_ND[rows] @ weight_VD.t()
             losses_N[rows] = _loss_and_gradient(logits_NV, labels_N[rows], weights_N[rows], vocab_size, group, wants_gradients)
             if not wants_gradients:
                 continue
-            multiply(logits_NV, weight_VD.t(), out=dhidden_ND[rows])
+            torch.mm(logits_NV, weight_VD, out=dhidden_ND[rows])
             if into_main_grad:
-                add_product(weight_VD, logits_NV, hidden_ND[rows], multiply)
+                add_product(weight_VD, logits_NV, hidden_ND[rows])
             else:
-                dweight_VD += multiply(logits_NV.t(), hidden_ND[rows].t())
+                dweight_VD += logits_NV.t() @ hidden_ND[rows]
         ctx.into_main_grad = into_main_grad
         if wants_gradients:
             ctx.save_for_backward(dhidden_ND.view(hidden.shape), weight_VD if into_main_grad else dweight_VD.to(weight_VD.dtype))

@@ -17,7 +17,6 @@ from torch import Tensor
 from megatron_hybrid.ops.cross_entropy import LOG2_E
 from megatron_hybrid.ops.distillation import check_arguments
 from megatron_hybrid.ops.main_grad import add_product, has_main_grad, mark_added
-from megatron_hybrid.ops.product import fastest_multiply
 
 _BLOCK_V = 8192
 _NUM_WARPS = 16
@@ -145,20 +144,19 @@ class _LinearKlDivergence(torch.autograd.Function):
         dweight_VD = None
         if wants_gradients and not into_main_grad:
             dweight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
-        multiply = fastest_multiply(hidden.device)
         for start in range(0, weights_N.shape[0], num_rows_per_chunk):
             rows = slice(start, start + num_rows_per_chunk)
-            student_NV, teacher_NV = multiply(hidden_ND[rows], weight_VD), multiply(teacher_NE[rows], teacher_weight_VE)
+            student_NV, teacher_NV = hidden_ND[rows] @ weight_VD.t(), teacher_NE[rows] @ teacher_weight_VE.t()
             divergences_N[rows] = _divergence_and_gradient(
                 student_NV, teacher_NV, weights_N[rows], vocab_size, temperature, group, wants_gradients
             )
             if not wants_gradients:
                 continue
-            multiply(student_NV, weight_VD.t(), out=dhidden_ND[rows])
+            torch.mm(student_NV, weight_VD, out=dhidden_ND[rows])
             if into_main_grad:
-                add_product(weight_VD, student_NV, hidden_ND[rows], multiply)
+                add_product(weight_VD, student_NV, hidden_ND[rows])
             else:
-                dweight_VD += multiply(student_NV.t(), hidden_ND[rows].t())
+                dweight_VD += student_NV.t() @ hidden_ND[rows]
         ctx.into_main_grad = into_main_grad
         if wants_gradients:
             ctx.save_for_backward(dhidden_ND.view(hidden.shape), weight_VD if into_main_grad else dweight_VD.to(weight_VD.dtype))

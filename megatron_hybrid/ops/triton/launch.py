@@ -31,7 +31,7 @@ class OutputLaunch:
 
 @dataclass(frozen=True)
 class SourceLaunch:
-    """The gradients at a chunk's sources: each program walks over all heads of a group, for `tile` sources, `tile` targets at a time."""
+    """The gradients at a chunk's sources: each program walks over all heads of a group, `tile` targets at a time."""
 
     tile: int
     num_warps: int
@@ -108,7 +108,7 @@ def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch
         return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), SourceLaunch(32, 4, 1), ProductLaunch(4, 1))
     walk = WalkLaunch(min(block_p, 64), min(block_n, 64), num_warps=4, num_stages=3)
     if block_p <= 64 and block_n <= 128:
-        return ScanLaunch(128, 128, walk, walk, OutputLaunch(64, 16, 4, 2), SourceLaunch(64, 4, 2), ProductLaunch(8, 3))
+        return ScanLaunch(128, 128, walk, walk, OutputLaunch(64, 16, 4, 2), SourceLaunch(64, 8, 2), ProductLaunch(8, 3))
     if block_n <= 128:
         narrow = WalkLaunch(block_p=16, block_n=block_n, num_warps=2, num_stages=3)
         return ScanLaunch(

@@ -49,25 +49,22 @@ def source_gradient_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     TILE: tl.constexpr,
-    FIRST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx of tile FIRST of every chunk's sources, from dy and the gradient of the state behind the chunk. Grid (S, G, B).
+    """dx of a chunk from dy and the gradient of the state behind the chunk. Grid (S, G, B).
 
     One program walks over the heads of its group and sums the gradient of B C^T in registers, in a fixed order. Matrices over pairs stand
     with sources in rows, so that the weights of the sources are the next product's operand without leaving registers, and are made by tiles
-    of TILE targets, of which only those not before the sources are made, B C^T anew for each head, because all of it would not fit.
-    Besides, fp32: for [B, S, H, K], at_target and at_source, the sums of mixing times its gradient over sources and over targets; dD
-    [B, S, H]; and dscores [B, S, G, K sources, K targets] in the dtype of B. Launches for FIRST = 0, 1, ... in this order add to at_target
-    and dD what their sources give.
+    of TILE targets, B C^T anew for each head, because all of it would not fit. Besides, fp32: for [B, S, H, K], at_target and at_source,
+    the sums of mixing times its gradient over sources and over targets; dD [B, S, H]; and dscores [B, S, G, K sources, K targets] in the
+    dtype of B.
     """
     num_tiles: tl.constexpr = K // TILE
     chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = tl.cast(chunk * K, tl.int64)
-    j, p, n = tl.arange(0, TILE), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    k = FIRST * TILE + j
+    k, j, p, n = tl.arange(0, K), tl.arange(0, TILE), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     is_p, is_n, inside = p < P, n < N, k < length - chunk * K
     is_cell = is_p[:, None] & is_n[None, :]
 
@@ -75,11 +72,11 @@ def source_gradient_kernel(
     C_ptr += batch * C_stride_b + group * C_stride_g + start * C_stride_l
     B = tl.load(B_ptr + k[:, None] * B_stride_l + n[None, :], mask=inside[:, None] & is_n[None, :], other=0.0)
     Cs, dscores = (), ()
-    for t in tl.static_range(FIRST, num_tiles):
+    for t in tl.static_range(num_tiles):
         target_k = t * TILE + j
         mask = (target_k < length - chunk * K)[:, None] & is_n[None, :]
         Cs = Cs + (tl.load(C_ptr + target_k[:, None] * C_stride_l + n[None, :], mask=mask, other=0.0),)
-        dscores = dscores + (tl.zeros((TILE, TILE), dtype=tl.float32),)
+        dscores = dscores + (tl.zeros((K, TILE), dtype=tl.float32),)
     if HAS_DOCUMENTS:
         document = load_documents(document_ptr, batch, length, chunk * K + k)
 
@@ -94,9 +91,9 @@ def source_gradient_kernel(
         dstate = tl.load(dstates_ptr + row * (P * N) + p[:, None] * N + n[None, :], mask=is_cell, other=0.0)
         source, into = tl.load(source_ptr + row * K + k), tl.load(into_ptr + row * K + k)
         D = tl.load(D_ptr + head).to(tl.float32)
-        dx = tl.zeros((TILE, BLOCK_P), dtype=tl.float32)
-        dD, at_source, sums = 0.0, tl.zeros((TILE,), dtype=tl.float32), ()
-        for t in tl.static_range(FIRST, num_tiles):
+        dx = tl.zeros((K, BLOCK_P), dtype=tl.float32)
+        dD, at_source, sums = 0.0, tl.zeros((K,), dtype=tl.float32), ()
+        for t in tl.static_range(num_tiles):
             target_k = t * TILE + j
             is_y = (target_k < length - chunk * K)[:, None] & is_p[None, :]
             dy = tl.load(dy_ptr + head * dy_stride_h + target_k[:, None] * dy_stride_l + p[None, :], mask=is_y, other=0.0)
@@ -106,21 +103,16 @@ def source_gradient_kernel(
                 document_j = load_documents(document_ptr, batch, length, chunk * K + target_k)
                 readable = readable & (document[:, None] == document_j[None, :])
             weight = tl.exp2(tl.where(readable, target[None, :] - source[:, None], float("-inf")))
-            mixing = tl.dot(B, tl.trans(Cs[t - FIRST]), input_precision=PRECISION) * weight
+            mixing = tl.dot(B, tl.trans(Cs[t]), input_precision=PRECISION) * weight
             dx = tl.dot((mixing + tl.where(diagonal, D, 0.0)).to(x.dtype), dy, dx, input_precision=PRECISION)
             dmixing = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
             dD += tl.sum(tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1), axis=0)
-            sums = sums + (dscores[t - FIRST] + dmixing * weight,)
+            sums = sums + (dscores[t] + dmixing * weight,)
             mixing *= dmixing
             at_source += tl.sum(mixing, axis=1)
-            at_target = tl.sum(mixing, axis=0)
-            if FIRST > 0:
-                at_target += tl.load(at_target_ptr + row * K + target_k)
-            tl.store(at_target_ptr + row * K + target_k, at_target)
+            tl.store(at_target_ptr + row * K + target_k, tl.sum(mixing, axis=0))
         dscores = sums
         dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * into[:, None]
-        if FIRST > 0:
-            dD += tl.load(dD_ptr + row)
         tl.store(dD_ptr + row, dD)
         tl.store(at_source_ptr + row * K + k, at_source)
         tl.store(dx_ptr + head * dx_stride_h + k[:, None] * dx_stride_l + p[None, :], dx.to(dx_ptr.dtype.element_ty), mask=is_x)
@@ -128,10 +120,7 @@ def source_gradient_kernel(
     dscores_ptr += ((batch * num_chunks + chunk) * tl.num_programs(1) + group) * (K * K)
     for t in tl.static_range(num_tiles):
         offsets = k[:, None] * K + (t * TILE + j)[None, :]
-        if t < FIRST:
-            tl.store(dscores_ptr + offsets, tl.zeros((TILE, TILE), dtype=dscores_ptr.dtype.element_ty))
-        else:
-            tl.store(dscores_ptr + offsets, dscores[t - FIRST].to(dscores_ptr.dtype.element_ty))
+        tl.store(dscores_ptr + offsets, dscores[t].to(dscores_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks"])
