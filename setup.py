@@ -11,6 +11,7 @@ setup(
     packages=find_packages(include=["megatron_hybrid*", "vision_agglom*", "tools*"]),
     package_data={
         "megatron_hybrid.config": ["presets/*.yaml"],
+        "megatron_hybrid.ops": ["*.json"],
         "megatron_hybrid.substrate": ["*.json"],
         "vision_agglom.config": ["presets/*.yaml"],
     },

@@ -20,7 +20,7 @@ from megatron_hybrid.config import DelayedScalingConfig, Fp8Config
 from megatron_hybrid.fp8.backends import make_backend
 from megatron_hybrid.fp8.linear import Float8Linear
 from megatron_hybrid.fp8.state import ScalingState
-from megatron_hybrid.ops.linear_accumulating import linear_accumulating
+from megatron_hybrid.ops.linear_accumulating import linear_cublas
 
 TOKENS, INPUTS, OUTPUTS, STEPS, HISTORY = 512, 1024, 768, 50, 16
 
@@ -28,7 +28,7 @@ TOKENS, INPUTS, OUTPUTS, STEPS, HISTORY = 512, 1024, 768, 50, 16
 def make_linear(recipe: str) -> Float8Linear:
     delayed = DelayedScalingConfig(history_length=HISTORY) if recipe == "delayed" else DelayedScalingConfig()
     config = Fp8Config(recipe=recipe, delayed=delayed)
-    return Float8Linear("linear", config, make_backend("transformer_engine"), linear_accumulating).cuda()
+    return Float8Linear("linear", config, make_backend("transformer_engine"), linear_cublas).cuda()
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:

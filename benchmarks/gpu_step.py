@@ -27,7 +27,7 @@ import torch
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.load import load_model
 from megatron_hybrid.data.loader import MicroBatch
-from megatron_hybrid.layers.specs import choose_implementations, describe_implementations
+from megatron_hybrid.layers.specs import explain_implementations
 from megatron_hybrid.layout.flops import training_flops_per_token
 from megatron_hybrid.model import build
 from megatron_hybrid.substrate.context import Substrate
@@ -51,8 +51,18 @@ Step = Callable[[], float]
 """Runs one training step and returns its loss."""
 
 
-def make_run(case: str, precision: str, *, deterministic: bool = False, graphs: str = "auto", length: int | None = None) -> RunConfig:
-    """The benchmark's run; nothing reads its paths. ``length`` changes the sequence length and keeps the tokens of a step."""
+def make_run(
+    case: str,
+    precision: str,
+    *,
+    deterministic: bool = False,
+    graphs: str = "auto",
+    length: int | None = None,
+    fp8_implementation: str = "auto",
+    kernels: dict[str, str] | None = None,
+) -> RunConfig:
+    """The benchmark's run; nothing reads its paths. ``length`` changes the sequence length and keeps the tokens of a step; ``kernels`` are
+    operations in implementations other than the host's own choice."""
     preset, overrides, case_length, num_micro_batches = CASES[case]
     tokens = case_length * num_micro_batches
     length = length or case_length
@@ -63,7 +73,8 @@ def make_run(case: str, precision: str, *, deterministic: bool = False, graphs: 
         optimizer={"lr": 1e-4},
         train={"steps": 1, "global_batch_size": tokens // length},
         parallel={"data": 1},
-        fp8={"recipe": "off" if precision == "bf16" else precision},
+        fp8={"recipe": "off" if precision == "bf16" else precision, "implementation": fp8_implementation},
+        kernels=kernels or {},
         runtime={"device": "cuda", "deterministic": deterministic, "cuda_graphs": graphs},
     )
 
@@ -112,7 +123,7 @@ def fill_weights(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], run
 def our_step(run: RunConfig, substrate: Substrate) -> Step:
     """This project's step, as the trainer runs it."""
     config = build_transformer_config(run, substrate)
-    print(describe_implementations(choose_implementations(substrate.device, config.params_dtype, run.kernels)), file=sys.stderr)
+    print(explain_implementations(substrate.device, config.params_dtype, run.kernels), file=sys.stderr)
     task = FixedBatch(run, config, substrate)
     build.initialize_parameters = lambda named, **_: fill_weights(named, run)
     wrapped = wrap_data_parallel(build.build_chunks(run, config, substrate), run, config)
@@ -271,7 +282,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7, help="counted steps (default: %(default)s)")
     parser.add_argument("--length", type=int, help="another sequence length, at the same tokens per step")
     parser.add_argument("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs of ours")
+    parser.add_argument("--fp8-implementation", default="auto", help="of ours, as fp8.implementation")
     parser.add_argument("--deterministic", action="store_true", help="deterministic algorithms in ours")
+    parser.add_argument("--kernels", nargs="*", default=[], metavar="OPERATION=IMPLEMENTATION", help="of ours, such as attention=sdpa")
     parser.add_argument("--profile", action="store_true", help="also print where the time of a step goes")
     arguments = parser.parse_args()
     if arguments.system == "both":
@@ -292,6 +305,8 @@ def main() -> int:
         deterministic=arguments.deterministic,
         graphs=arguments.graphs,
         length=arguments.length,
+        fp8_implementation=arguments.fp8_implementation,
+        kernels=dict(choice.split("=", 1) for choice in arguments.kernels),
     )
     report = measure(arguments.system, run, arguments.steps, arguments.profile)
     print(json.dumps({"case": arguments.case, "precision": arguments.precision} | report))

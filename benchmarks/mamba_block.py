@@ -12,6 +12,7 @@ of each of our kernels alone. Tuning prints a line per kernel and launch paramet
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
@@ -318,17 +319,16 @@ def rounded(value: object) -> object:
 def candidates(shape: Shape) -> Iterator[tuple[str, Launches]]:
     """A kernel of `Kernels.steps` and the launch parameters to try it with; those that stand are among them."""
     base = Launches.pinned(shape)
-    block_p, block_n = min(64, launches.block_size(shape.head_dim)), launches.block_size(shape.state)
+    block_n = launches.block_size(shape.state)
 
     def scan(**changes: object) -> Launches:
         return replace(base, scan=replace(base.scan, **changes))
 
-    for n in sorted({32, 64, min(128, block_n)}):
-        for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 3)):
-            walk = launches.WalkLaunch(block_p, n, warps, stages)
-            yield "walk", scan(forward_chunk=128, forward_walk=walk)
-            for chunk in (64, 128):
-                yield "walk back", scan(backward_chunk=chunk, backward_walk=walk)
+    for p, n, warps, stages in itertools.product((16, 32, 64), sorted({64, min(128, block_n)}), (2, 4), (3, 4)):
+        walk = launches.WalkLaunch(p, n, warps, stages)
+        yield "walk", scan(forward_chunk=128, forward_walk=walk)
+        for chunk in (64, 128):
+            yield "walk back", scan(backward_chunk=chunk, backward_walk=walk)
     for chunk, block_l, warps, stages in (
         (64, 64, 4, 2),
         (64, 64, 4, 3),
@@ -342,8 +342,10 @@ def candidates(shape: Shape) -> Iterator[tuple[str, Launches]]:
     for chunk, tile, warps, stages in (
         (64, 64, 4, 1),
         (64, 64, 4, 2),
+        (64, 64, 8, 1),
+        (64, 64, 8, 2),
         (64, 32, 4, 2),
-        (64, 32, 4, 3),
+        (64, 32, 8, 2),
         (128, 64, 8, 1),
         (128, 64, 8, 2),
         (128, 32, 8, 2),
@@ -351,7 +353,7 @@ def candidates(shape: Shape) -> Iterator[tuple[str, Launches]]:
         yield "source gradients", scan(backward_chunk=chunk, source_gradient=launches.SourceLaunch(tile, warps, stages))
     for chunk, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 2), (128, 8, 3), (128, 4, 2)):
         yield "gradient of B", scan(backward_chunk=chunk, key_gradient=launches.ProductLaunch(warps, stages))
-    for rows, tiles, warps in ((1, 32, 2), (1, 16, 4), (1, 32, 4), (1, 64, 4), (2, 16, 4), (2, 8, 8), (4, 8, 8)):
+    for rows, tiles, warps in ((1, 8, 4), (1, 16, 2), (1, 16, 4), (1, 32, 2), (1, 32, 4), (2, 16, 4), (2, 8, 8)):
         for kernel in ("norm", "norm backward"):
             yield kernel, replace(base, norm=launches.NormLaunch(rows, tiles, warps))
     for block_c, tiles, tile, warps in (

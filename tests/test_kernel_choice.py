@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
 from megatron_hybrid.config.schema import KernelsConfig
-from megatron_hybrid.layers.specs import OPERATIONS, choose_implementations, describe_implementations, make_ops
+from megatron_hybrid.layers import specs
+from megatron_hybrid.layers.specs import (
+    OPERATIONS,
+    choose_implementations,
+    describe_implementations,
+    explain_implementations,
+    make_ops,
+)
 from megatron_hybrid.ops.registry import IMPLEMENTATIONS
+from tests.ops.library_stand_ins import stand_ins
+from tests.runs import small_run
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -47,12 +57,110 @@ def test_what_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_implementations(gpu, torch.bfloat16)["attention"] == "sdpa"
 
 
+LIBRARY_CHOICES = [
+    ("mamba_core", "mamba_ssm"),
+    ("ssd", "mamba_ssm"),
+    ("causal_conv1d", "causal_conv1d"),
+    ("gated_rms_norm", "mamba_ssm"),
+    ("rms_norm", "transformer_engine"),
+    ("linear", "transformer_engine"),
+    ("attention", "transformer_engine"),
+]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU of compute capability 9.0 on a host that has Transformer Engine, as far as a choice can tell."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("operation, library", LIBRARY_CHOICES)
+def test_other_libraries_are_taken_when_asked_for(operation: str, library: str, hopper: torch.device) -> None:
+    choices = KernelsConfig(**{operation: library})
+    chosen = choose_implementations(hopper, torch.bfloat16, choices)
+    assert chosen[operation] == library
+    with stand_ins():
+        ops = make_ops(chosen, chunk_length=64)
+    function = getattr(ops, operation)
+    assert getattr(function, "func", function).__module__.startswith("megatron_hybrid.ops.libraries.")
+    if operation in ("ssd", "mamba_core"):
+        assert function.keywords == {"chunk_length": 64}
+    with pytest.raises(ValueError, match=f"kernels.{operation}={library} needs a GPU, this run is on a CPU"):
+        choose_implementations(torch.device("cpu"), torch.bfloat16, choices)
+
+
+@pytest.mark.parametrize(
+    "operation, library, reason",
+    [
+        ("attention", "transformer_engine", "it takes 16-bit numbers alone"),
+        ("linear", "transformer_engine", "it multiplies fp32 numbers in TF32"),
+        ("ssd", "mamba_ssm", "it multiplies fp32 numbers in TF32"),
+        ("mamba_core", "mamba_ssm", "it multiplies fp32 numbers in TF32"),
+    ],
+)
+def test_libraries_without_fp32_are_refused_for_it(operation: str, library: str, reason: str, hopper: torch.device) -> None:
+    with pytest.raises(ValueError, match=f"kernels.{operation}={library} cannot be had because {reason}"):
+        choose_implementations(hopper, torch.float32, KernelsConfig(**{operation: library}))
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "linear", "attention"])
+def test_transformer_engine_without_its_torch_part_is_refused(
+    operation: str, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: False)
+    with pytest.raises(ValueError, match=f"kernels.{operation}=transformer_engine needs transformer-engine with its torch part"):
+        choose_implementations(hopper, torch.bfloat16, KernelsConfig(**{operation: "transformer_engine"}))
+
+
+def test_libraries_that_do_not_repeat_are_refused_for_deterministic_runs(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, bf16 = hopper, torch.bfloat16
+    attention = KernelsConfig(attention="transformer_engine")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for operation in ("ssd", "mamba_core"):
+            with pytest.raises(ValueError, match=f"kernels.{operation}=mamba_ssm cannot be had because its backward calls torch.cumsum"):
+                choose_implementations(gpu, bf16, KernelsConfig(**{operation: "mamba_ssm"}))
+        assert choose_implementations(gpu, bf16, attention)["attention"] == "transformer_engine"
+        for capability in ((8, 0), (10, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+            with pytest.raises(ValueError, match=f"compute capability 9 alone and this one has {capability[0]}"):
+                choose_implementations(gpu, bf16, attention)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert choose_implementations(gpu, bf16, attention)["attention"] == "transformer_engine"
+
+
+def test_attention_without_masks_is_refused_for_documents_kept_apart(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kernels.attention=transformer_engine takes no mask, and data.reset_at_documents=true"):
+        small_run(tmp_path, kernels={"attention": "transformer_engine"})
+    small_run(tmp_path, kernels={"attention": "transformer_engine"}, data={"reset_at_documents": False})
+
+
 def test_what_is_asked_for_is_taken() -> None:
     choices = KernelsConfig(rms_norm="reference", attention="sdpa")
     chosen = choose_implementations(torch.device("cpu"), torch.float32, choices)
     assert chosen["rms_norm"] == "reference" and chosen["attention"] == "sdpa" and chosen["ssd"] == "cpu"
     assert make_ops(chosen).rms_norm.__name__ == "rms_norm_reference"
     assert "reference: rms_norm; sdpa: attention" in describe_implementations(chosen)
+
+
+def test_a_run_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu, bf16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert explain_implementations(cpu, bf16) == describe_implementations(choose_implementations(cpu, bf16))
+    assert explain_implementations(gpu, bf16) == describe_implementations(choose_implementations(gpu, bf16))
+    asked = explain_implementations(cpu, bf16, KernelsConfig(rms_norm="reference", attention="sdpa"))
+    assert asked.endswith("reference: rms_norm; sdpa: attention (attention, rms_norm as kernels asks for)")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "(attention not by cuDNN because its backward adds in no fixed order and runtime" in explain_implementations(gpu, bf16)
+        assert "cuDNN" not in explain_implementations(gpu, bf16, KernelsConfig(attention="sdpa"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert explain_implementations(gpu, bf16).endswith("(attention not by cuDNN because this GPU is older than those it is fastest on)")
 
 
 def test_the_chunk_length_is_the_cpu_scans() -> None:

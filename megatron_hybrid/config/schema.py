@@ -305,9 +305,9 @@ class Fp8Config(Section):
     """First layers of the whole pattern that stay in the working precision; every character of the pattern counts."""
     bf16_layers_at_end: int = Field(0, ge=0)
     """Last layers of the whole pattern that stay in the working precision."""
-    implementation: Literal["auto", "emulated", "scaled_mm", "transformer_engine"] = "auto"
-    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, transformer_engine: float8 tensor cores through torch or through
-    Transformer Engine. auto: emulated on a CPU, on a GPU Transformer Engine where it is installed."""
+    implementation: Literal["auto", "emulated", "scaled_mm", "cublaslt", "transformer_engine"] = "auto"
+    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, cublaslt, transformer_engine: float8 tensor cores through torch,
+    by algorithms pinned for each shape, or through Transformer Engine. auto: emulated on a CPU, cublaslt on a GPU."""
     telemetry_every_steps: int | None = Field(None, gt=0)
     """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none. On a GPU such a step runs
     beside the CUDA graph and needs a micro-batch's activations once more."""
@@ -367,21 +367,22 @@ class LoggingConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of each operation a run uses (docs/kernels.md). auto: the fastest there is for the device and precision."""
 
-    mamba_core: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    mamba_core: Literal["auto", "reference", "cpu", "triton", "mamba_ssm"] = "auto"
     """Convolution, scan and gated norm of a Mamba-2 layer in one, as training runs them."""
-    ssd: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    ssd: Literal["auto", "reference", "cpu", "triton", "mamba_ssm"] = "auto"
     """The scan alone, as prefilling a prompt runs it."""
-    causal_conv1d: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    causal_conv1d: Literal["auto", "reference", "cpu", "triton", "causal_conv1d"] = "auto"
     """The convolution alone."""
-    gated_rms_norm: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    gated_rms_norm: Literal["auto", "reference", "cpu", "triton", "mamba_ssm"] = "auto"
     """The gated norm alone."""
-    rms_norm: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    rms_norm: Literal["auto", "reference", "cpu", "triton", "transformer_engine"] = "auto"
     """The norm in front of every layer."""
     squared_relu: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """The MLP's activation."""
-    linear: Literal["auto", "reference", "cpu", "cublas"] = "auto"
-    """Products of the layers' linears in the working precision; cublas adds weight gradients in fp32 within the product."""
-    attention: Literal["auto", "reference", "cpu", "sdpa", "cudnn"] = "auto"
+    linear: Literal["auto", "reference", "cpu", "cublas", "cublaslt", "transformer_engine"] = "auto"
+    """Products of the layers' linears in the working precision; all GPU versions add weight gradients in fp32 within
+    the product, cublaslt by algorithms that can be pinned for each shape."""
+    attention: Literal["auto", "reference", "cpu", "sdpa", "cudnn", "transformer_engine"] = "auto"
     """Causal attention."""
     embedding: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """Token lookup."""
@@ -490,6 +491,11 @@ class RunConfig(Section):
             _require_divides("parallel.data x train.micro_batch_size", per_pass, "train.global_batch_size", self.train.global_batch_size)
         if self.fp8.recipe != "off":
             self._check_float8()
+        if self.kernels.attention == "transformer_engine" and self.data.reset_at_documents:
+            raise ValueError(
+                "kernels.attention=transformer_engine takes no mask, and data.reset_at_documents=true keeps documents apart by one; "
+                "set it to false, or kernels.attention to auto or sdpa"
+            )
         return self
 
     def _check_float8(self) -> None:

@@ -1,12 +1,11 @@
 """What casts to float8 and multiplies float8 matrices, on hosts that have hardware for it and on those that have not.
 
-A backend is a cast, an amax and a product. On GPUs the cast is a Triton kernel, and the product is Transformer Engine's or torch's, both of
-them cuBLAS underneath.
+A backend is a cast, an amax and a product. On GPUs the cast is a Triton kernel, and the product cuBLASLt's, called directly, or through
+Transformer Engine, or through torch.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megatron_hybrid.fp8.formats import Float8Format, quantize
 from megatron_hybrid.fp8.scaling import new_scale
+from megatron_hybrid.ops.installed import has_transformer_engine
 from megatron_hybrid.ops.linear import matmul_nt
 
 _LEAST_CAPABILITY = (8, 9)
@@ -172,6 +172,23 @@ def scaled_mm_product(
     return product if add_to is None else add_to.add_(product)
 
 
+def cublaslt_product(
+    a_MK: Tensor,
+    b_NK: Tensor,
+    inverse_a: Tensor,
+    inverse_b: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    fast: bool,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """cuBLASLt's, by algorithms pinned for each shape; it adds within the product."""
+    from megatron_hybrid.ops.cublaslt import multiply
+
+    scales = {"inverse_a": inverse_a, "inverse_b": inverse_b}
+    return multiply(a_MK, b_NK, out=add_to, accumulate=add_to is not None, out_dtype=out_dtype, fast=fast, **scales)
+
+
 def _emulated() -> Backend:
     return Backend(cast_plain, amax_plain, scales_plain, emulated_product)
 
@@ -182,6 +199,12 @@ def _scaled_mm() -> Backend:
     return Backend(kernels.cast, kernels.amax, kernels.scales, scaled_mm_product)
 
 
+def _cublaslt() -> Backend:
+    from megatron_hybrid.fp8 import kernels
+
+    return Backend(kernels.cast, kernels.amax, kernels.scales, cublaslt_product)
+
+
 def _transformer_engine() -> Backend:
     from megatron_hybrid.fp8 import kernels
     from megatron_hybrid.fp8.transformer_engine import transformer_engine_product
@@ -190,7 +213,7 @@ def _transformer_engine() -> Backend:
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
-    {"emulated": _emulated, "scaled_mm": _scaled_mm, "transformer_engine": _transformer_engine}
+    {"emulated": _emulated, "scaled_mm": _scaled_mm, "cublaslt": _cublaslt, "transformer_engine": _transformer_engine}
 )
 """Name -> what makes the backend; a package it needs is imported only then."""
 
@@ -205,16 +228,14 @@ def choose_implementation(implementation: str, device: torch.device) -> str:
     """Return the name of the backend that a device uses.
 
     Args:
-        implementation: a name in ``IMPLEMENTATIONS``, or "auto": the emulation on a CPU; on a GPU Transformer Engine's product where it is
-            installed, else torch's.
+        implementation: a name in ``IMPLEMENTATIONS``, or "auto": the emulation on a CPU, cuBLASLt on an NVIDIA GPU.
 
     Raises:
         ValueError: nothing implements float8 on the device, or the implementation asked for does not run there.
     """
-    has_transformer_engine = importlib.util.find_spec("transformer_engine_torch") is not None
     if implementation == "auto":
-        implementation = "emulated" if device.type == "cpu" else "transformer_engine" if has_transformer_engine else "scaled_mm"
-    if implementation == "transformer_engine" and not has_transformer_engine:
+        implementation = "emulated" if device.type == "cpu" else "cublaslt"
+    if implementation == "transformer_engine" and not has_transformer_engine():
         raise ValueError(
             "fp8.implementation=transformer_engine needs transformer-engine with its torch part, which is not installed; "
             'install "transformer-engine[pytorch]", or set fp8.implementation=auto'

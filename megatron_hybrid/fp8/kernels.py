@@ -70,6 +70,7 @@ def _cast_kernel(
     scale_ptr,
     amax_ptr,
     out_ptr,
+    transposed_ptr,
     num_rows,
     num_columns,
     x_stride,
@@ -77,14 +78,23 @@ def _cast_kernel(
     LARGEST: tl.constexpr,
     PROLOGUE: tl.constexpr,
     RECORD_AMAX: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    column = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row, column = m[:, None], k[None, :]
     inside = (row < num_rows) & (column < num_columns)
     x = _load_tile(x_ptr, other_ptr, row, column, inside, x_stride, other_stride, PROLOGUE)
     tl.store(out_ptr + row * num_columns + column, _to_float8(x, tl.load(scale_ptr), LARGEST, out_ptr), mask=inside)
+    if TRANSPOSE:
+        # Read back what this program wrote, from the nearest cache: bytes of the registers above, stored transposed, come out wrong from
+        # Triton 3.6 wherever a thread holds four of a row (docs/log.md).
+        tl.debug_barrier()
+        row, column = m[None, :], k[:, None]
+        inside = (row < num_rows) & (column < num_columns)
+        tl.store(transposed_ptr + column * num_rows + row, tl.load(out_ptr + row * num_columns + column, mask=inside), mask=inside)
     if RECORD_AMAX:
         # The maximum does not depend on the order of the programs.
         tl.atomic_max(amax_ptr, tl.max(tl.abs(x)))
@@ -134,12 +144,15 @@ def cast(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`backends.cast_plain` with a contiguous transpose; x is contiguous along K.
 
-    The transpose is torch's copy of the cast. Written by the same kernel it would save a read of it, but what Triton 3.6 compiled for the
-    transposed store was wrong on an H100 in every form tried (docs/log.md). What an amax makes of NaN is not defined: such a step has no
-    finite loss.
+    What an amax makes of NaN is not defined: such a step has no finite loss.
     """
     assert x_MK.stride(1) == 1, x_MK.stride()
-    x_8 = torch.empty(x_MK.shape, dtype=to.dtype, device=x_MK.device) if into is None else into[0]
+    if into is None:
+        x_8 = torch.empty(x_MK.shape, dtype=to.dtype, device=x_MK.device)
+        transposed_8 = torch.empty(x_MK.shape[::-1], dtype=to.dtype, device=x_MK.device) if columns else None
+    else:
+        x_8, transposed_8 = into
+        assert x_8.is_contiguous() and transposed_8.is_contiguous()
     other_MK = x_MK if other_MK is None else other_MK
     _cast_kernel[_grid(x_MK)](
         x_MK,
@@ -147,17 +160,16 @@ def cast(
         scale,
         scale if amax is None else amax,
         x_8,
+        x_8 if transposed_8 is None else transposed_8,
         *x_MK.shape,
         x_MK.stride(0),
         other_MK.stride(0),
         LARGEST=to.largest,
         PROLOGUE=prologue,
         RECORD_AMAX=amax is not None,
+        TRANSPOSE=transposed_8 is not None,
         BLOCK_M=_BLOCK_M,
         BLOCK_K=_BLOCK_K,
         num_warps=_NUM_WARPS,
     )
-    if into is not None:
-        into[1].copy_(x_8.t())
-        return into
-    return x_8 if rows else None, x_8.t().contiguous() if columns else None
+    return x_8 if rows else None, transposed_8

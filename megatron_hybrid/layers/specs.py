@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from megatron_hybrid.config import KernelsConfig
+from megatron_hybrid.ops.installed import has_transformer_engine
 from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
 from megatron_hybrid.ops.rope import apply_rope
 
@@ -34,6 +35,8 @@ OPERATIONS = tuple(field.name for field in fields(Ops) if field.name != "apply_r
 """The operations that have more than one implementation."""
 
 
+_ANYWHERE = ("reference", "cpu", "sdpa")
+"""Implementations made of torch operations; all others are for GPUs."""
 _LEAST_CUDNN_CAPABILITY = (9, 0)
 """From here on cuDNN's attention is the fastest, and takes every shape of ours."""
 
@@ -58,19 +61,45 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Ke
 
 
 def _require_runs(name: str, implementation: str, device: torch.device, dtype: torch.dtype) -> None:
-    if implementation in ("triton", "cublas", "cudnn") and device.type != "cuda":
+    if device.type != "cuda" and implementation not in _ANYWHERE:
         raise ValueError(f"kernels.{name}={implementation} needs a GPU, this run is on a CPU; set it to auto, cpu or reference")
-    if implementation == "cudnn" and (obstacle := _cudnn_obstacle(dtype)):
-        raise ValueError(f"kernels.{name}=cudnn cannot be had because {obstacle}; change that, or set it to auto or sdpa")
+    if implementation == "transformer_engine" and not has_transformer_engine():
+        raise ValueError(
+            f"kernels.{name}=transformer_engine needs transformer-engine with its torch part, which is not installed; "
+            'install "transformer-engine[pytorch]", or set it to auto'
+        )
+    if obstacle := _obstacle(name, implementation, device, dtype):
+        raise ValueError(f"kernels.{name}={implementation} cannot be had because {obstacle}; change that, or set it to auto")
+
+
+def _obstacle(name: str, implementation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation does not run on a device that has it, in words that follow "because"; None where it does."""
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    match name, implementation:
+        case "attention", "cudnn":
+            return _cudnn_obstacle(dtype)
+        case "attention", "transformer_engine" if dtype != torch.bfloat16:
+            return _needs_16_bits(dtype)
+        case "attention", "transformer_engine" if is_deterministic and (major := torch.cuda.get_device_capability(device)[0]) != 9:
+            return f"its backward adds in a fixed order on GPUs of compute capability 9 alone and this one has {major}"
+        case ("linear", "transformer_engine") | ("ssd" | "mamba_core", "mamba_ssm") if dtype == torch.float32:
+            return "it multiplies fp32 numbers in TF32"
+        case "ssd" | "mamba_core", "mamba_ssm" if is_deterministic:
+            return "its backward calls torch.cumsum, which torch refuses to run on a GPU under runtime.deterministic=true"
+    return None
 
 
 def _cudnn_obstacle(dtype: torch.dtype) -> str | None:
-    """Why cuDNN's attention does not run, in words that follow "because"; None where it does."""
     if dtype != torch.bfloat16:
-        return f"it takes 16-bit numbers alone and this run computes in {dtype}"
+        return _needs_16_bits(dtype)
     if torch.are_deterministic_algorithms_enabled():
+        # cuDNN has a backward that adds in a fixed order; torch never asks for it (docs/kernels.md).
         return "its backward adds in no fixed order and runtime.deterministic=true asks for one"
     return None
+
+
+def _needs_16_bits(dtype: torch.dtype) -> str:
+    return f"it takes 16-bit numbers alone and this run computes in {dtype}"
 
 
 def make_ops(implementations: Mapping[str, str], *, chunk_length: int | None = None) -> Ops:
@@ -78,15 +107,15 @@ def make_ops(implementations: Mapping[str, str], *, chunk_length: int | None = N
 
     Args:
         implementations: operation -> name of one of its implementations, for all of ``OPERATIONS``.
-        chunk_length: positions per chunk of the "cpu" scan; None leaves it to the implementation. The reference has no chunks, and the
-            Triton one pins its own for each GPU.
+        chunk_length: positions per chunk of the "cpu" and the "mamba_ssm" scan; None leaves it to the implementation. The reference has no
+            chunks, and the Triton one pins its own for each GPU.
 
     Raises:
         ValueError: a name is unknown, or the host lacks a package it needs; the message lists what there is.
     """
     ops = Ops(**{name: select(name, implementations[name]) for name in OPERATIONS})
-    chunked = {} if chunk_length is None else {name: getattr(ops, name) for name in ("ssd", "mamba_core") if implementations[name] == "cpu"}
-    return replace(ops, **{name: partial(scan, chunk_length=chunk_length) for name, scan in chunked.items()})
+    chunked = [name for name in ("ssd", "mamba_core") if implementations[name] in ("cpu", "mamba_ssm") and chunk_length is not None]
+    return replace(ops, **{name: partial(getattr(ops, name), chunk_length=chunk_length) for name in chunked})
 
 
 def ops_for(device: torch.device, dtype: torch.dtype, *, choices: KernelsConfig | None = None, chunk_length: int | None = None) -> Ops:
@@ -110,3 +139,19 @@ def describe_implementations(implementations: Mapping[str, str]) -> str:
     for operation, name in sorted(implementations.items()):
         by_name.setdefault(name, []).append(operation)
     return "; ".join(f"{name}: {', '.join(operations)}" for name, operations in sorted(by_name.items()))
+
+
+def explain_implementations(device: torch.device, dtype: torch.dtype, choices: KernelsConfig | None = None) -> str:
+    """What ``choose_implementations`` takes, in one line for people, and why where it is not the fastest for the device.
+
+    Raises:
+        ValueError: what is asked for does not run there.
+    """
+    chosen = choose_implementations(device, dtype, choices)
+    asked = sorted(name for name in OPERATIONS if choices is not None and getattr(choices, name) != "auto")
+    reasons = [f"{', '.join(asked)} as kernels asks for"] if asked else []
+    if device.type == "cuda" and chosen["attention"] == "sdpa" and "attention" not in asked:
+        obstacle = _cudnn_obstacle(dtype) or "this GPU is older than those it is fastest on"
+        reasons.append(f"attention not by cuDNN because {obstacle}")
+    described = describe_implementations(chosen)
+    return f"{described} ({'; '.join(reasons)})" if reasons else described

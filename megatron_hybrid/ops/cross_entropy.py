@@ -1,4 +1,4 @@
-"""Next-token cross entropy with the vocabulary split over tensor-parallel ranks, on logits or fused with the output layer.
+"""Next-token cross entropy fused with the output layer, with the vocabulary split over tensor-parallel ranks.
 
 Rank r of `group` holds the vocabulary rows [r V_local, (r + 1) V_local) (Shoeybi et al. 2019, "Megatron-LM", section 3). Rows at or beyond
 `vocab_size` are padding: they get no probability and no gradient. Reductions run in a fixed order, so results repeat bit for bit.
@@ -27,42 +27,6 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor, *, vocab_size: int, 
         raise ValueError(f'the reference needs the whole vocabulary on one rank, but the group has {_world_size(group)}; choose "cpu"')
     valid = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(valid.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """`cross_entropy_reference` for this rank's shard of the logits [..., V / ranks]; every rank gets every token's loss.
-
-    Keeps the logits and one number per token for the backward. `group=None` means an undivided vocabulary.
-    """
-    check_labels(labels, vocab_size)
-    return _CrossEntropy.apply(logits, labels, vocab_size, group)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> Tensor:
-        first, num_valid = _owned_rows(logits.shape[-1], vocab_size, group)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        valid = logits[..., :num_valid].to(wide)
-        maximum = _maximum(valid, group)
-        exponentials = torch.exp(valid - maximum[..., None])
-        row, owned = _local_labels(labels, first, num_valid)
-        label_logit = _label_logits(valid, row, owned) if num_valid else torch.zeros_like(maximum)
-        total, label_logit = _sum_over(torch.stack((exponentials.sum(-1), label_logit)), group)
-        log_total = maximum + total.log()
-        ctx.save_for_backward(logits, log_total, row, owned)
-        ctx.num_valid = num_valid
-        return log_total - label_logit
-
-    @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, log_total, row, owned = ctx.saved_tensors
-        dlogits = torch.zeros_like(logits)
-        if ctx.num_valid:
-            gradient = torch.exp(logits[..., : ctx.num_valid].to(log_total.dtype) - log_total[..., None]).mul_(dloss[..., None])
-            gradient.scatter_add_(-1, row[..., None], torch.where(owned, -dloss, 0)[..., None])
-            dlogits[..., : ctx.num_valid] = gradient
-        return dlogits, None, None, None
 
 
 def linear_cross_entropy_reference(

@@ -6,8 +6,9 @@ itself adds, in fp32, so that the bf16 rounding of each micro-batch's gradient f
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from megatron_hybrid.ops.product import Multiply, multiply_torch
 
 
 def has_main_grad(weight: Tensor) -> bool:
@@ -15,13 +16,9 @@ def has_main_grad(weight: Tensor) -> bool:
     return weight.requires_grad and getattr(weight, "main_grad", None) is not None
 
 
-def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor) -> None:
+def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor, multiply: Multiply = multiply_torch) -> None:
     """Add ``dy.T @ x`` to ``weight.main_grad`` in one matrix product."""
-    main_grad_OI = weight_OI.main_grad
-    if dy_MO.dtype == main_grad_OI.dtype:
-        main_grad_OI.addmm_(dy_MO.t(), x_MI)
-    else:
-        torch.addmm(main_grad_OI, dy_MO.t(), x_MI, out_dtype=main_grad_OI.dtype, out=main_grad_OI)
+    multiply(dy_MO.t(), x_MI.t(), out=weight_OI.main_grad, accumulate=True)
 
 
 def mark_added(weight: Tensor) -> Tensor:

@@ -8,41 +8,60 @@ from types import MappingProxyType
 
 IMPLEMENTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "ssd": {"reference": "ssd:ssd_reference", "cpu": "ssd_chunked:ssd_chunked", "triton": "triton.ssd:ssd"},
+        "ssd": {
+            "reference": "ssd:ssd_reference",
+            "cpu": "ssd_chunked:ssd_chunked",
+            "triton": "triton.ssd:ssd",
+            "mamba_ssm": "libraries.mamba_ssm_scan:ssd",
+        },
         "causal_conv1d": {
             "reference": "conv1d:causal_conv1d_reference",
             "cpu": "conv1d:causal_conv1d",
             "triton": "triton.conv1d:causal_conv1d",
+            "causal_conv1d": "libraries.causal_conv1d:causal_conv1d",
         },
-        "rms_norm": {"reference": "norm:rms_norm_reference", "cpu": "norm:rms_norm", "triton": "triton.norm:rms_norm"},
+        "rms_norm": {
+            "reference": "norm:rms_norm_reference",
+            "cpu": "norm:rms_norm",
+            "triton": "triton.norm:rms_norm",
+            "transformer_engine": "libraries.transformer_engine_norm:rms_norm",
+        },
         "gated_rms_norm": {
             "reference": "norm:gated_rms_norm_reference",
             "cpu": "norm:gated_rms_norm",
             "triton": "triton.norm:gated_rms_norm",
+            "mamba_ssm": "libraries.mamba_ssm_norm:gated_rms_norm",
         },
         "mamba_core": {
             "reference": "mamba_core:mamba_core_reference",
             "cpu": "mamba_core:mamba_core",
             "triton": "triton.mamba_core:mamba_core",
+            "mamba_ssm": "libraries.mamba_ssm_core:mamba_core",
         },
         "squared_relu": {
             "reference": "activation:squared_relu_reference",
             "cpu": "activation:squared_relu",
             "triton": "triton.activation:squared_relu",
         },
-        "linear": {"reference": "linear:linear_reference", "cpu": "linear:linear", "cublas": "linear_accumulating:linear_accumulating"},
+        "linear": {
+            "reference": "linear:linear_reference",
+            "cpu": "linear:linear",
+            "cublas": "linear_accumulating:linear_cublas",
+            "cublaslt": "linear_accumulating:linear_cublaslt",
+            "transformer_engine": "libraries.transformer_engine_linear:linear",
+        },
         "attention": {
             "reference": "attention:attention_reference",
             "cpu": "attention_blocked:attention_blocked",
             "sdpa": "attention:attention_sdpa",
             "cudnn": "attention:attention_cudnn",
+            "transformer_engine": "libraries.transformer_engine_attention:attention",
         },
         "embedding": {
             "reference": "embedding:embedding_reference",
             "cpu": "embedding:embedding_reference",
             "triton": "triton.embedding:embedding",
         },
-        "cross_entropy": {"reference": "cross_entropy:cross_entropy_reference", "cpu": "cross_entropy:cross_entropy"},
         "linear_cross_entropy": {
             "reference": "cross_entropy:linear_cross_entropy_reference",
             "cpu": "cross_entropy:linear_cross_entropy",
@@ -72,7 +91,8 @@ def select(operation: str, implementation: str) -> Callable:
     try:
         return getattr(importlib.import_module(f"megatron_hybrid.ops.{module}"), function)
     except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
         raise ValueError(
-            f"{implementation!r} for {operation!r} needs the package {error.name!r}, which is not installed; "
+            f"{implementation!r} for {operation!r} needs the package {package!r}, which is not installed; "
             'install it (pip install "megatron-hybrid[gpu]" on a host with CUDA), or choose another implementation'
         ) from error

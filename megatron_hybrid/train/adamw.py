@@ -66,7 +66,7 @@ class RemainderAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights with fp32 masters, and for fp32 weights, under megatron-core's distributed optimizer.
 
     Reads each weight's fp32 gradient from its ``decoupled_grad`` and multiplies it by ``gradient_factor`` first. State: ``exp_avg`` and
-    ``exp_avg_sq`` in fp32, and for a bf16 weight ``remainder``, the lower half of its master (``mended_optimizers.join_master``). Masters
+    ``exp_avg_sq`` in fp32, and for a bf16 weight ``remainder``, the lower half of its master (``remainder_optimizer.join_master``). Masters
     start as what the bf16 weights are. ``step`` counts in the parameter groups, as in Transformer Engine's and Apex's AdamW.
     """
 

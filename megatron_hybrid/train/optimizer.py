@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -67,28 +66,25 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
-        use_precision_aware_optimizer=_keeps_remainders(run, chunks),
     )
+    keeps_remainders = bf16 and run.parallel.distributed_optimizer and has_optimizer_kernel(chunks)
+    # Leaves masters to the optimizer. megatron-core derives it from an option that also wants Transformer Engine's AdamW; ours stands in.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = keeps_remainders
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=get_standard_config_overrides(config))
     for part in optimizer.chained_optimizers:
         mend(part)
-        if USING_PYTORCH_OPTIMIZER:
+        if USING_PYTORCH_OPTIMIZER and not keeps_remainders:
             _allocate_state(part.optimizer)
-    if config.use_precision_aware_optimizer:
+    if keeps_remainders:
         optimizer.__class__ = ScalingOptimizer
         optimizer.use_remainders()
     apply_options(optimizer, options)
     return optimizer
 
 
-def _keeps_remainders(run: RunConfig, chunks: list[DistributedDataParallel]) -> bool:
-    """Whether a bf16 weight and 16 bits stand for its fp32 master: on GPUs, in megatron-core's distributed optimizer.
-
-    megatron-core lets an optimizer keep masters only where Transformer Engine is installed.
-    """
-    has_transformer_engine = importlib.util.find_spec("transformer_engine_torch") is not None
-    on_cuda = next(chunks[0].parameters()).is_cuda
-    return on_cuda and has_transformer_engine and run.train.precision == "bf16" and run.parallel.distributed_optimizer
+def has_optimizer_kernel(chunks: list[DistributedDataParallel]) -> bool:
+    """Whether the weights are where ``adamw.RemainderAdamW`` runs, so that 16 bits beside a bf16 weight can stand for its fp32 master."""
+    return next(chunks[0].parameters()).is_cuda
 
 
 class ScalingOptimizer(ChainedOptimizer):
@@ -126,9 +122,12 @@ def gradient_finisher(optimizer: MegatronOptimizer) -> Callable[..., None]:
 
     def finish(chunks: list[torch.nn.Module], num_tokens: torch.Tensor, **options: Any) -> None:
         finalize_model_grads(chunks, None, **options)
-        # Only the last pipeline stage counts them.
-        torch.distributed.broadcast(num_tokens, get_pipeline_model_parallel_last_rank(), group=get_pipeline_model_parallel_group())
-        torch.distributed.all_reduce(num_tokens, group=get_data_parallel_group(with_context_parallel=True))
+        # Only the last pipeline stage counts them. A group of one would cost NCCL's buffers and nothing else.
+        pipeline, data = get_pipeline_model_parallel_group(), get_data_parallel_group(with_context_parallel=True)
+        if pipeline.size() > 1:
+            torch.distributed.broadcast(num_tokens, get_pipeline_model_parallel_last_rank(), group=pipeline)
+        if data.size() > 1:
+            torch.distributed.all_reduce(num_tokens, group=data)
         optimizer.num_tokens = num_tokens
 
     return finish

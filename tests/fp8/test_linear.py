@@ -177,4 +177,4 @@ def test_float8_that_nothing_implements_is_refused(monkeypatch: pytest.MonkeyPat
     assert choose_implementation("emulated", gpu) == "emulated"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    assert choose_implementation("auto", gpu) == "scaled_mm"
+    assert choose_implementation("auto", gpu) == "cublaslt"

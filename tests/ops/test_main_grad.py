@@ -8,18 +8,23 @@ import pytest
 import torch
 
 from megatron_hybrid.ops.embedding import embedding_reference
-from megatron_hybrid.ops.linear_accumulating import linear_accumulating
+from megatron_hybrid.ops.linear_accumulating import linear_cublas, linear_cublaslt
 from megatron_hybrid.ops.main_grad import mark_added
 from megatron_hybrid.ops.triton.embedding import embedding
 
 
-def linear_case(device: str) -> tuple[Callable, Callable, torch.Tensor]:
-    x = torch.randn(3, 5, 8, device=device)
+def linear_case(device: str, linear: Callable = linear_cublas) -> tuple[Callable, Callable, torch.Tensor]:
+    # bf16 numbers, so that a bf16 product rounds nothing but its result
+    x = torch.randn(3, 5, 8, device=device).bfloat16().float()
     return (
-        lambda weight: linear_accumulating(x.to(weight.dtype), weight),
+        lambda weight: linear(x.to(weight.dtype), weight),
         lambda weight: x.to(weight.dtype) @ weight.t(),
         torch.randn(6, 8, device=device),
     )
+
+
+def cublaslt_case(device: str) -> tuple[Callable, Callable, torch.Tensor]:
+    return linear_case(device, linear_cublaslt)
 
 
 def embedding_case(device: str) -> tuple[Callable, Callable, torch.Tensor]:
@@ -33,11 +38,11 @@ def embedding_case(device: str) -> tuple[Callable, Callable, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("case", [linear_case, embedding_case])
+@pytest.mark.parametrize("case", [linear_case, cublaslt_case, embedding_case])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_autograds_and_add_up_in_fp32(device: str, dtype: torch.dtype, case: Callable) -> None:
-    if dtype == torch.bfloat16 and device == "cpu" and case is linear_case:
-        pytest.skip("torch's product of bf16 matrices into fp32 is CUDA's alone")
+    if device == "cpu" and (case is cublaslt_case or (case is linear_case and dtype == torch.bfloat16)):
+        pytest.skip("cuBLASLt's products, and torch's of bf16 matrices into fp32, are CUDA's alone")
     ours, reference, weight = case(device)
     weight = weight.to(dtype).requires_grad_()
     y = ours(weight)

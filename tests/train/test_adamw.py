@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_hybrid.train.adamw import RemainderAdamW
-from megatron_hybrid.train.mended_optimizers import join_master
+from megatron_hybrid.train.remainder_optimizer import join_master
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 

@@ -31,7 +31,7 @@ class Outcome:
     hashes: list[str] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     optimizer: list[torch.Tensor] = field(default_factory=list)
-    """Masters and moments in the optimizer's own order."""
+    """Masters, or weights and remainders, and moments in the optimizer's own order."""
 
 
 class Recorder(Callback):
@@ -75,7 +75,7 @@ def train(run: RunConfig, extra_callbacks: tuple[Callback, ...] = (), *, logged:
         outcome.weights |= {name: parameter.detach().clone() for name, parameter in chunk.module.named_global_parameters()}
     for part in trainer.optimizer.chained_optimizers:
         for parameter, state in part.optimizer.state.items():
-            outcome.optimizer += [parameter.detach().clone(), *(state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq"))]
+            outcome.optimizer += [parameter.detach().clone(), *(state[name].clone() for name in sorted(state))]
     shutdown(substrate)
     return outcome
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_hybrid.ops.conv1d import last_inputs
 from megatron_hybrid.ops.segments import number_documents
 from megatron_hybrid.ops.triton.launch import CONV_LAUNCH, ConvLaunch, check_tensors, dense_like, with_dense_rows
+from megatron_hybrid.ops.triton.row_sum import gradient_from_parts
 from megatron_hybrid.ops.triton.ssd_kernels import load_documents
 
 
@@ -274,7 +275,8 @@ def conv_backward(
     dx_BLC: Tensor,
     launch: ConvLaunch = CONV_LAUNCH,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Write dx; return the gradients of the weight [C, W] and the bias [C], fp32, and of the initial state, if there is one."""
+    """Write dx; return the gradients of the weight, in parts [X, W, C], and of the bias, in parts [X, 1, C], fp32, and that of the initial
+    state, if there is one."""
     (batch, length, num_channels), num_taps = x_BLC.shape, weight_CW.shape[1]
     num_runs = triton.cdiv(length, launch.num_tiles * launch.tile - (num_taps - 1))
     sums_XWC = torch.empty(num_runs * batch, num_taps + 1, num_channels, dtype=torch.float32, device=x_BLC.device)
@@ -303,8 +305,7 @@ def conv_backward(
         BLOCK_C=launch.block_c,
         num_warps=launch.num_warps,
     )
-    sum_WC = sums_XWC.sum(0)
-    return sum_WC[:-1].t(), sum_WC[-1], dinitial_BTC
+    return sums_XWC[:, :-1], sums_XWC[:, -1:], dinitial_BTC
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -322,8 +323,8 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:
         x_BLC, weight_CW, bias_C, document_BL, initial_BTC = ctx.saved_tensors
         dx_BLC = dense_like(x_BLC)
-        dweight_CW, dbias_C, dinitial_BTC = conv_backward(
+        dweight_XWC, dbias_X1C, dinitial_BTC = conv_backward(
             x_BLC, weight_CW, bias_C, document_BL, initial_BTC, with_dense_rows(dy_BLC), dx_BLC
         )
-        dbias_C = None if bias_C is None else dbias_C.to(bias_C.dtype)
-        return dx_BLC, dweight_CW.to(weight_CW.dtype), dbias_C, None, dinitial_BTC
+        dbias_C = None if bias_C is None else gradient_from_parts(bias_C, dbias_X1C)
+        return dx_BLC, gradient_from_parts(weight_CW, dweight_XWC), dbias_C, None, dinitial_BTC

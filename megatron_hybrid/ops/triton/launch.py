@@ -81,41 +81,42 @@ class NormLaunch:
     num_warps: int
 
 
-CONV_LAUNCH = ConvLaunch(block_c=512, num_tiles=8, tile=8, num_warps=4)
+CONV_LAUNCH = ConvLaunch(block_c=512, num_tiles=16, tile=4, num_warps=4)
 
 
 def norm_launch(size: int) -> NormLaunch:
-    """For groups of `size` channels: some 1024 elements at once, 8 per thread; longer rows take more threads, then more per thread."""
+    """For groups of `size` channels: some 1024 elements at once, 8 per thread; longer rows take more threads, then more per thread.
+
+    Longer rows come without groups, so that their programs are fewer: each takes fewer tiles, to fill the GPU.
+    """
     block = triton.next_power_of_2(size)
     rows = max(1, 1024 // block)
-    return NormLaunch(rows=rows, num_tiles=max(1, 32 // rows), num_warps=4 if block <= 1024 else 8 if block <= 4096 else 16)
+    num_tiles = max(1, 16 // rows) if block <= 1024 else 8
+    return NormLaunch(rows=rows, num_tiles=num_tiles, num_warps=4 if block <= 1024 else 8 if block <= 4096 else 16)
 
 
 def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch:
     """The choice for Hopper; `head_dim` and `state_dim` are those of the model, before padding to powers of two.
 
-    Chosen by bytes moved, and by the registers and shared memory the compiler reports (`tests/ops/compile_kernels.py`).
-
-    fp32 keeps small chunks: its products run on the ordinary units, and its tiles take twice the shared memory.
+    Measured on an H100 for states of 64 x 128 (8B) and 80 x 128 (Nano-4B); for others chosen by the registers and shared memory that the
+    compiler reports (`tests/ops/compile_kernels.py`). fp32 keeps small chunks: its products run on the ordinary units, and its tiles
+    take twice the shared memory.
     """
     block_p, block_n = block_size(head_dim), block_size(state_dim)
     if dtype == torch.float32:
         walk = WalkLaunch(block_p=min(block_p, 32), block_n=min(block_n, 32), num_warps=4, num_stages=1)
         return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), SourceLaunch(32, 4, 1), ProductLaunch(4, 1))
-    state_size = block_p * block_n
-    small = state_size <= 64 * 128
     walk = WalkLaunch(min(block_p, 64), min(block_n, 64), num_warps=4, num_stages=3)
+    if block_p <= 64 and block_n <= 128:
+        return ScanLaunch(128, 128, walk, walk, OutputLaunch(64, 16, 4, 2), SourceLaunch(64, 8, 2), ProductLaunch(8, 3))
+    if block_n <= 128:
+        narrow = WalkLaunch(block_p=16, block_n=block_n, num_warps=2, num_stages=3)
+        return ScanLaunch(
+            128, 64, replace(walk, num_warps=2), narrow, OutputLaunch(128, 16, 8, 2), SourceLaunch(64, 4, 2), ProductLaunch(4, 2)
+        )
     # two stages of the widest states do not fit the shared memory
-    num_stages = 2 if state_size <= 128 * 128 else 1
-    return ScanLaunch(
-        forward_chunk=128,
-        backward_chunk=128 if small else 64,
-        forward_walk=walk,
-        backward_walk=walk,
-        output=OutputLaunch(block_l=64, num_heads=8, num_warps=4, num_stages=2),
-        source_gradient=SourceLaunch(32, 8, 2) if small else SourceLaunch(64, 4, num_stages),
-        key_gradient=ProductLaunch(num_warps=8, num_stages=num_stages),
-    )
+    num_stages = 2 if block_p * block_n <= 128 * 128 else 1
+    return ScanLaunch(128, 64, walk, walk, OutputLaunch(64, 8, 4, 2), SourceLaunch(64, 4, num_stages), ProductLaunch(8, num_stages))
 
 
 def block_size(size: int) -> int:

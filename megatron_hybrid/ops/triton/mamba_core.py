@@ -22,6 +22,7 @@ from megatron_hybrid.ops.ssd import check_heads
 from megatron_hybrid.ops.triton.conv1d import conv_backward, conv_forward
 from megatron_hybrid.ops.triton.launch import ScanLaunch, check_tensors, with_dense_rows
 from megatron_hybrid.ops.triton.norm import norm_backward, norm_forward
+from megatron_hybrid.ops.triton.row_sum import gradient_from_parts
 from megatron_hybrid.ops.triton.ssd import ScanGradients, choose_launch, scan_backward, scan_forward
 from megatron_hybrid.ops.triton.ssd_steps import Scan
 
@@ -116,20 +117,24 @@ class _MambaCore(torch.autograd.Function):
             y_BLI = _scan_outputs(scan, settings.launch)
         dout_BLI = with_dense_rows(dout_LBI).transpose(0, 1)
         dy_BLI = _like(convolved_BLC, settings.sizes[0])
-        dnorm_weight_I = norm_backward(y_BLI, z_BLI, norm_weight_I, settings.num_groups, settings.eps, dout_BLI, dy_BLI, dz_BLI)
+        dnorm_weight_X1I = norm_backward(y_BLI, z_BLI, norm_weight_I, settings.num_groups, settings.eps, dout_BLI, dy_BLI, dz_BLI)
 
         dconvolved_BLC = torch.empty_like(convolved_BLC)
         gradients = ScanGradients(*_split(dconvolved_BLC, ddt_BLH, settings))
-        dA_log_H, ddt_bias_H, dD_H, _ = scan_backward(scan, dy_BLI.unflatten(-1, scan.x_BLHP.shape[2:]), None, gradients, settings.launch)
-        dconv_weight_CW, dconv_bias_C, _ = conv_backward(xBC_BLC, conv_weight_CW, conv_bias_C, document_BL, None, dconvolved_BLC, dxBC_BLC)
+        dA_log_X1H, ddt_bias_X1H, dD_X1H, _ = scan_backward(
+            scan, dy_BLI.unflatten(-1, scan.x_BLHP.shape[2:]), None, gradients, settings.launch
+        )
+        dconv_weight_XWC, dconv_bias_X1C, _ = conv_backward(
+            xBC_BLC, conv_weight_CW, conv_bias_C, document_BL, None, dconvolved_BLC, dxBC_BLC
+        )
         return (
             dzxBCdt_LBE,
-            dconv_weight_CW.to(conv_weight_CW.dtype),
-            None if conv_bias_C is None else dconv_bias_C.to(conv_bias_C.dtype),
-            dA_log_H.to(A_log_H.dtype),
-            dD_H.to(D_H.dtype),
-            ddt_bias_H.to(dt_bias_H.dtype),
-            dnorm_weight_I.to(norm_weight_I.dtype),
+            gradient_from_parts(conv_weight_CW, dconv_weight_XWC),
+            None if conv_bias_C is None else gradient_from_parts(conv_bias_C, dconv_bias_X1C),
+            gradient_from_parts(A_log_H, dA_log_X1H),
+            gradient_from_parts(D_H, dD_X1H),
+            gradient_from_parts(dt_bias_H, ddt_bias_X1H),
+            gradient_from_parts(norm_weight_I, dnorm_weight_X1I),
             None,
             None,
         )

@@ -5,7 +5,7 @@ With u = y silu(gate) (or u = x), r = 1 / rms(u) within a group and g = dout wei
     out = u r weight        du = r (g - u r^2 mean(g u))        dweight = sum over rows of dout u r
 
 One kernel pair serves both; the ungated norm is one group without a gate. The backward recomputes r from its own read of u, keeps dweight
-of a run of rows in registers, and the runs are added up in a fixed order.
+of a run of rows in registers, and leaves the runs to be added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_hybrid.ops.norm import check_groups
 from megatron_hybrid.ops.triton.launch import NormLaunch, check_tensors, norm_launch, with_dense_rows
+from megatron_hybrid.ops.triton.row_sum import gradient_from_parts
 
 
 @triton.jit(do_not_specialize=["num_rows", "inner_rows"])
@@ -171,7 +172,7 @@ def norm_backward(
     dgate: Tensor | None,
     launch: NormLaunch | None = None,
 ) -> Tensor:
-    """Write dy, and dgate if there is a gate; return the weight's gradient [D] fp32."""
+    """Write dy, and dgate if there is a gate; return the weight's gradient in parts [X, 1, D] fp32."""
     y, dout, dy = as_rows(y), as_rows(dout), as_rows(dy)
     gate, dgate = (None, None) if gate is None else (as_rows(gate), as_rows(dgate))
     num_rows, size = y.shape[0] * y.shape[1], y.shape[2] // num_groups
@@ -201,7 +202,7 @@ def norm_backward(
         BLOCK=triton.next_power_of_2(size),
         num_warps=launch.num_warps,
     )
-    return dweight_XD.sum(0)
+    return dweight_XD.unsqueeze(1)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -223,8 +224,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D = ctx.saved_tensors
         dx = torch.empty_like(x)
-        dweight_D = norm_backward(x, None, weight_D, 1, ctx.eps, _rows_of_any_shape(dout), dx, None)
-        return dx, dweight_D.to(weight_D.dtype), None
+        dweight_X1D = norm_backward(x, None, weight_D, 1, ctx.eps, _rows_of_any_shape(dout), dx, None)
+        return dx, gradient_from_parts(weight_D, dweight_X1D), None
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -241,8 +242,8 @@ class _GatedRMSNorm(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, gate, weight_D = ctx.saved_tensors
         dy, dgate = torch.empty_like(y), torch.empty_like(gate)
-        dweight_D = norm_backward(y, gate, weight_D, ctx.num_groups, ctx.eps, _rows_of_any_shape(dout), dy, dgate)
-        return dy, dgate, dweight_D.to(weight_D.dtype), None, None
+        dweight_X1D = norm_backward(y, gate, weight_D, ctx.num_groups, ctx.eps, _rows_of_any_shape(dout), dy, dgate)
+        return dy, dgate, gradient_from_parts(weight_D, dweight_X1D), None, None
 
 
 def _rows_of_any_shape(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_hybrid.ops.segments import number_documents
 from megatron_hybrid.ops.ssd import check_heads
 from megatron_hybrid.ops.triton.launch import ScanLaunch, check_tensors, dense_like, scan_launch, with_dense_rows
+from megatron_hybrid.ops.triton.row_sum import gradient_from_parts
 from megatron_hybrid.ops.triton.ssd_steps import (
     Scan,
     decay_gradients,
@@ -89,7 +90,7 @@ def scan_forward(scan: Scan, y_BLHP: Tensor, launch: ScanLaunch) -> Tensor:
 def scan_backward(
     scan: Scan, dy_BLHP: Tensor, dfinal_BHPN: Tensor | None, gradients: ScanGradients, launch: ScanLaunch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write `gradients`; return those of A_log, dt_bias and D [H], and of the initial state [B, H, P, N], all fp32."""
+    """Write `gradients`; return those of A_log, dt_bias and D, in parts [B S, 1, H], and of the initial state [B, H, P, N], all fp32."""
     decays = decays_of(scan, launch.backward_chunk)
     states_BSHPN, _ = walk(scan.x_BLHP, scan.B_BLGN, decays.into_BSHK, decays.total_BSH, scan.initial_BHPN, launch.backward_walk)
     dstates_BSHPN, dinitial_BHPN, across_BSHW = walk_back(
@@ -133,8 +134,7 @@ def scan_backward(
         per_head_3BSH[0],
         per_head_3BSH[1],
     )
-    dA_log_H, ddt_bias_H, dD_H = per_head_3BSH.sum((1, 2)).unbind()
-    return dA_log_H, ddt_bias_H, dD_H, dinitial_BHPN
+    return *per_head_3BSH.flatten(1, 2).unsqueeze(2).unbind(), dinitial_BHPN
 
 
 class _ScanFunction(torch.autograd.Function):
@@ -168,15 +168,15 @@ class _ScanFunction(torch.autograd.Function):
         scan = Scan(*ctx.saved_tensors)
         dy_BLHP = torch.zeros_like(scan.x_BLHP) if dy_BLHP is None else with_dense_rows(dy_BLHP)
         gradients = ScanGradients(*(dense_like(t) for t in (scan.x_BLHP, scan.dt_raw_BLH, scan.B_BLGN, scan.C_BLGN)))
-        dA_log_H, ddt_bias_H, dD_H, dinitial_BHPN = scan_backward(scan, dy_BLHP, dfinal_BHPN, gradients, ctx.launch)
+        dA_log_X1H, ddt_bias_X1H, dD_X1H, dinitial_BHPN = scan_backward(scan, dy_BLHP, dfinal_BHPN, gradients, ctx.launch)
         return (
             gradients.dx_BLHP,
             gradients.ddt_raw_BLH,
-            dA_log_H.to(scan.A_log_H.dtype),
+            gradient_from_parts(scan.A_log_H, dA_log_X1H),
             gradients.dB_BLGN,
             gradients.dC_BLGN,
-            dD_H.to(scan.D_H.dtype),
-            ddt_bias_H.to(scan.dt_bias_H.dtype),
+            gradient_from_parts(scan.D_H, dD_X1H),
+            gradient_from_parts(scan.dt_bias_H, ddt_bias_X1H),
             None if scan.initial_BHPN is None else dinitial_BHPN.to(scan.initial_BHPN.dtype),
             None,
             None,
