@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import load_model, preset_names
-from megatron_hybrid.config.schema import ModelConfig, ParallelConfig
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.schema import ParallelConfig
 from megatron_hybrid.layout.flops import head_training_flops, layer_training_flops, training_flops_per_token
 from megatron_hybrid.layout.parameters import (
     num_embedding_parameters,

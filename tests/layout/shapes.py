@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from megatron_hybrid.config.load import load_model
-from megatron_hybrid.config.schema import ModelConfig
+from megatron_hybrid.config.model import ModelConfig
 
 PUBLISHED = ("nemotron-h-8b", "nemotron-h-56b", "nemotron-h-47b", "nemotron-h-4b", "nemotron-3-nano-4b")
 

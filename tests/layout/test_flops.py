@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_hybrid.config.schema import ModelConfig
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.layout.flops import head_training_flops, layer_training_flops, training_flops_by_kind, training_flops_per_token
 from tests.layout.shapes import PUBLISHED, preset, random_model, with_widths
 

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 
-from megatron_hybrid.config.schema import ModelConfig
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.layout.parameters import (
     num_embedding_parameters,
     num_head_parameters,

@@ -6,7 +6,8 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from megatron_hybrid.config.schema import ModelConfig, ParallelConfig
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.schema import ParallelConfig
 from megatron_hybrid.layout.stages import plan_stages, stage_costs
 from tests.layout.shapes import PUBLISHED, preset, random_model
 

@@ -20,7 +20,8 @@ from megatron_hybrid.config import (
 )
 from megatron_hybrid.config.load import load_section
 from megatron_hybrid.config.quantities import TokenCount
-from megatron_hybrid.config.schema import KernelsConfig, Section
+from megatron_hybrid.config.schema import KernelsConfig
+from megatron_hybrid.config.section import Section
 
 Axis = Literal["layers", "ffn", "mamba", "hidden"]
 Stage = Literal["score", "search", "prune", "distill", "report"]
