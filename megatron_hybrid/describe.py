@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import load_model, preset_names
-from megatron_hybrid.config.schema import ModelConfig, ParallelConfig
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.schema import ParallelConfig
 from megatron_hybrid.layout.flops import head_training_flops, layer_training_flops, training_flops_per_token
 from megatron_hybrid.layout.parameters import (
     num_embedding_parameters,
@@ -20,7 +22,7 @@ from megatron_hybrid.layout.parameters import (
     num_parameters,
     num_stage_parameters,
 )
-from megatron_hybrid.layout.pattern import KIND_NAMES, STAGE_CUT, count_kinds
+from megatron_hybrid.layout.pattern import KIND_NAMES, MLP, STAGE_CUT, count_kinds
 from megatron_hybrid.layout.stages import plan_stages, stage_costs
 
 _EXAMPLES = """\
@@ -33,7 +35,7 @@ examples:
 
 @dataclass(frozen=True)
 class Part:
-    """All layers of one kind, or the embedding, or the head (final norm and output layer)."""
+    """All layers of one kind and width, or the embedding, or the head (final norm and output layer)."""
 
     name: str
     count: int
@@ -89,10 +91,7 @@ class Report:
 
 def make_report(source: str, model: ModelConfig, parallel: ParallelConfig, sequence_length: int) -> Report:
     """Return everything there is to say about ``model`` in the layout ``parallel``."""
-    kinds = [
-        Part(KIND_NAMES[kind], count, num_layer_parameters(model, kind), layer_training_flops(model, kind, sequence_length))
-        for kind, count in count_kinds(model.layer_kinds).items()
-    ]
+    kinds = [part for kind in count_kinds(model.layer_kinds) for part in _layer_parts(model, kind, sequence_length)]
     embedding = Part("embedding", 1, num_embedding_parameters(model), 0)
     head = Part("head", 1, num_head_parameters(model), head_training_flops(model))
     ranges = plan_stages(model, parallel, sequence_length)
@@ -156,6 +155,19 @@ def main(argv: Sequence[str]) -> int:
         return 2
     print(json.dumps(asdict(report), indent=2) if arguments.json else format_report(report))
     return 0
+
+
+def _layer_parts(model: ModelConfig, kind: str, sequence_length: int) -> list[Part]:
+    """The layers of a kind; MLP layers that differ in width are parts of their own, the widest first."""
+    if kind != MLP or isinstance(model.ffn_hidden_size, int):
+        shapes = [(KIND_NAMES[kind], model.layer_kinds.count(kind), model)]
+    else:
+        widths = sorted(Counter(model.ffn_hidden_sizes).items(), reverse=True)
+        shapes = [(f"{KIND_NAMES[kind]} {width}", count, model.model_copy(update={"ffn_hidden_size": width})) for width, count in widths]
+    return [
+        Part(name, count, num_layer_parameters(shape, kind), layer_training_flops(shape, kind, sequence_length))
+        for name, count, shape in shapes
+    ]
 
 
 def _format_parts(report: Report) -> str:

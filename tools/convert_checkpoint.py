@@ -188,9 +188,16 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     from megatron_hybrid.convert.job import plan_conversion, publish, reject, run_conversion
     from megatron_hybrid.convert.native import with_tokenizer
+    from megatron_hybrid.convert.widen import with_one_width
     from megatron_hybrid.substrate.exit_codes import ExitCode
 
     source = open_source(arguments)
+    if arguments.target_kind != "native" and with_one_width(source) is not source:
+        narrowest, widest = min(source.model.ffn_hidden_sizes), max(source.model.ffn_hidden_sizes)
+        print(
+            f"MLP layers are {narrowest} to {widest} wide; {arguments.target_kind} has one width, so zeros fill all of them up to {widest}"
+        )
+        source = with_one_width(source)
     dtype = None if arguments.dtype == "keep" else getattr(torch, arguments.dtype)
     divisible_by = arguments.vocab_divisible_by if arguments.source_kind != "hf" else None
     plan = plan_conversion(source, _layout(arguments), dtype=dtype, vocab_divisible_by=divisible_by)

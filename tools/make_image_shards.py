@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tools.failure import EXIT_CODES, report_failure
 from vision_agglom.images.folder import FolderSource
 from vision_agglom.images.open_source import open_source
 from vision_agglom.images.pack import encode_jpeg, encode_png, write_shards
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.make_image_shards",
         description="Make and index webdataset shards of images.",
-        epilog=EXAMPLE,
+        epilog=f"{EXAMPLE}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -98,7 +99,7 @@ def make_samples(arguments: argparse.Namespace) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code: 0 done, 1 refused or failed."""
+    """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.verb == "index":
@@ -110,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             shards = write_shards(read_folder(arguments.folder), arguments.output, arguments.samples_per_shard)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report_failure(error)
     for shard in shards:
         print(f"{shard}: {len(open_source(str(shard))):,} images, {shard.stat().st_size / 1e6:.1f} MB")
     return 0

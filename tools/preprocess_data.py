@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_hybrid.data.corpus import PreparedCorpus, holdout_prefix, prepare_corpus
 from megatron_hybrid.data.documents import ReadOptions
 from megatron_hybrid.data.tokenizer import load_tokenizer, tokenizer_kind
+from tools.failure import EXIT_CODES, report_failure
 
 EXAMPLE = """example:
   python -m tools.preprocess_data --input books/ "web/*.jsonl.gz" --tokenizer tokenizer.model --output data/mixed --holdout 0.02 --workers 8
@@ -23,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.preprocess_data",
         description="Tokenise JSON lines, plain text and folders into Megatron's .bin and .idx.",
-        epilog=EXAMPLE,
+        epilog=f"{EXAMPLE}\n\n{EXIT_CODES}, 130 interrupted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -63,7 +64,7 @@ def describe(prepared: PreparedCorpus, prefix: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code: 0 done, 1 refused or failed, 130 interrupted."""
+    """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
     try:
         kind = arguments.tokenizer_kind or tokenizer_kind(arguments.tokenizer)
@@ -78,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=arguments.overwrite,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report_failure(error)
     except KeyboardInterrupt:
         print("interrupted: finished parts are kept; the same command continues", file=sys.stderr)
         return 130

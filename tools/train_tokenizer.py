@@ -14,6 +14,7 @@ from megatron_hybrid.data.documents import Document, InputFile, ReadOptions, fin
 from megatron_hybrid.data.hashing import seeded_permutation
 from megatron_hybrid.data.indexed import naming_full_disk
 from megatron_hybrid.data.tokenizer_training import train_sentencepiece
+from tools.failure import EXIT_CODES, report_failure
 
 EXAMPLE = """example:
   python -m tools.train_tokenizer --input books/ web.jsonl --vocab-size 32000 --output tokenizer.model"""
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.train_tokenizer",
         description="Train a BPE tokenizer with byte fallback that gives back every text exactly.",
-        epilog=EXAMPLE,
+        epilog=f"{EXAMPLE}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -69,14 +70,13 @@ def train_tokenizer(files: Sequence[InputFile], output: Path, vocab_size: int, o
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code: 0 done, 1 refused or failed."""
+    """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
     try:
         files = find_inputs(arguments.input, arguments.glob)
         train_tokenizer(files, arguments.output, arguments.vocab_size, ReadOptions(field=arguments.field), arguments.max_mb << 20)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report_failure(error)
     print(f"{arguments.output}: {arguments.vocab_size:,} entries")
     return 0
 

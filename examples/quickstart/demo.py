@@ -86,7 +86,12 @@ def run(module: str, *arguments: str) -> int:
     if "--input" in arguments:
         shown[arguments.index("--input") + 2 :] = ["..."]
     print(f"\n$ python -m {module} {' '.join(shown)}", flush=True)
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment()).returncode
+
+
+def environment() -> dict[str, str]:
+    """This process's, with this checkout in front of whatever else Python is told to look at."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 if __name__ == "__main__":

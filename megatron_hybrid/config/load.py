@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_hybrid.config.errors import ConfigError, explain, nearest, refuse
-from megatron_hybrid.config.schema import ModelConfig, ParallelConfig, RunConfig, Section, check_layout
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.schema import ParallelConfig, RunConfig, check_layout
+from megatron_hybrid.config.section import Section
 from megatron_hybrid.config.yaml_text import format_yaml, parse_yaml
 
 _PRESETS = Path(__file__).with_name("presets")

@@ -22,7 +22,7 @@ from megatron_hybrid.layout.pattern import KIND_NAMES, count_kinds
 _INTRODUCTION = """\
 # Configuration
 
-Written from `megatron_hybrid/config/schema.py` by `megatron_hybrid.config.reference.option_table`; a test keeps it up to date.
+Written from the classes in `megatron_hybrid/config/` by `megatron_hybrid.config.reference.option_table`; a test keeps it up to date.
 
 A run is one YAML file plus overrides on the command line, applied in order:
 

@@ -6,107 +6,16 @@ The tree is frozen: a run is decided once, before any process starts, and the sa
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from megatron_hybrid.config.float8 import Fp8Config
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.quantities import RunPosition, TokenCount, resolve_position
+from megatron_hybrid.config.section import Section, require_divides
 from megatron_hybrid.layout.float8 import DIMENSION_UNIT, plan_float8
-from megatron_hybrid.layout.pattern import parse_pattern
 from megatron_hybrid.layout.stages import plan_stages
-
-
-class Section(BaseModel):
-    """A frozen group of options that refuses keys it does not know and documents each field by its docstring."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_no_truth_value(cls, value: object, info: ValidationInfo) -> object:
-        # pydantic would take true for 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, Literal[False]):
-            raise ValueError("expected a value, not true or false")
-        return value
-
-
-class ModelConfig(Section):
-    """A hybrid language model: one character of ``pattern`` per layer, pre-norm residual around every layer."""
-
-    pattern: str
-    """Layer kinds in order: M (Mamba-2), * (attention), - (MLP); | marks a pipeline-stage cut and is no layer."""
-    hidden_size: int = Field(gt=0)
-    """Width of the residual stream."""
-    ffn_hidden_size: int = Field(gt=0)
-    """Inner width of the MLP layers (squared ReLU, not gated)."""
-    num_attention_heads: int = Field(gt=0)
-    """Query heads of the attention layers."""
-    num_kv_heads: int = Field(gt=0)
-    """Key/value heads (groups of grouped-query attention); divides num_attention_heads."""
-    head_dim: int = Field(gt=0)
-    """Width of one attention head (Megatron's kv_channels); need not be hidden_size / num_attention_heads."""
-    mamba_num_heads: int = Field(gt=0)
-    """Heads of the Mamba-2 mixer; its inner width is mamba_num_heads x mamba_head_dim."""
-    mamba_head_dim: int = Field(gt=0)
-    """Width of one Mamba-2 head."""
-    mamba_num_groups: int = Field(gt=0)
-    """Groups that share B and C; divides mamba_num_heads."""
-    mamba_state_dim: int = Field(gt=0)
-    """State size of the SSM, per head channel."""
-    mamba_conv_width: int = Field(4, ge=2)
-    """Taps of the depthwise causal convolution."""
-    mamba_chunk_size: int | None = Field(None, gt=0)
-    """Chunk length of the CPU's SSD scan, a matter of speed alone; the Triton scan pins its own. Unset: what is fastest on the host."""
-    vocab_size: int = Field(gt=0)
-    """Vocabulary the model predicts; the embedding is padded up to a multiple of vocab_divisible_by."""
-    vocab_divisible_by: int = Field(128, gt=0)
-    """Padding unit of the embedding and output rows. Independent of the layout, so that weights are too."""
-    norm_eps: float = Field(1e-5, gt=0)
-    """Epsilon of every RMSNorm."""
-    init_std: float = Field(0.02, gt=0)
-    """Standard deviation of the initial weights; residual projections are scaled by 1 / sqrt(layers)."""
-    position_embedding: Literal["none", "rope"] = "none"
-    """Nemotron-H uses none; rope is there for Transformer baselines."""
-    rope_theta: float = Field(10000.0, gt=0)
-    """Base period of the rotary embedding."""
-    tie_embeddings: Literal[False] = False
-    """Input and output embeddings are separate, as in Nemotron-H; tying them is not supported."""
-
-    def architecture(self) -> dict[str, Any]:
-        """What decides the weights' names and shapes and what they mean, as plain JSON: how a checkpoint says whose it is."""
-        return self.model_dump(mode="json", exclude={"mamba_chunk_size", "init_std"}) | {"pattern": self.layer_kinds}
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the output layer."""
-        unit = self.vocab_divisible_by
-        return -(-self.vocab_size // unit) * unit
-
-    @property
-    def mamba_inner_size(self) -> int:
-        """Inner width of the Mamba-2 mixer: heads x head_dim, which need not be 2 x hidden_size."""
-        return self.mamba_num_heads * self.mamba_head_dim
-
-    @property
-    def layer_kinds(self) -> str:
-        """The pattern without its stage marks: one character per layer."""
-        return self.pattern.replace("|", "")
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of every kind together."""
-        return len(self.layer_kinds)
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        parse_pattern(self.pattern)
-        _require_divides("num_kv_heads", self.num_kv_heads, "num_attention_heads", self.num_attention_heads)
-        _require_divides("mamba_num_groups", self.mamba_num_groups, "mamba_num_heads", self.mamba_num_heads)
-        if self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"position_embedding=rope turns pairs of channels and needs an even head_dim, got {self.head_dim}")
-        if self.position_embedding == "none" and self.rope_theta != ModelConfig.model_fields["rope_theta"].default:
-            raise ValueError(f"rope_theta={self.rope_theta} is not read with position_embedding=none; drop it or choose rope")
-        return self
 
 
 class ParallelConfig(Section):
@@ -271,57 +180,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        _require_divides("micro_batch_size", self.micro_batch_size, "global_batch_size", self.global_batch_size)
-        return self
-
-
-class DelayedScalingConfig(Section):
-    """Delayed scaling: scales come from the largest magnitudes (amaxes) of past steps."""
-
-    margin: int = Field(0, ge=0)
-    """Powers of two left free above amax: scale = (largest number of the format / amax) / 2^margin."""
-    history_length: int = Field(1024, gt=0)
-    """Optimizer steps in the amax window."""
-    amax_algorithm: Literal["max", "most_recent"] = "max"
-    """Which amax of the window makes the scale: the largest, or the last step's."""
-    reduction: Literal["tensor_data", "tensor"] = "tensor_data"
-    """Ranks that share amaxes: tensor- and data-parallel ones, so that all copies use the same scales, or tensor-parallel ones alone."""
-
-
-class Fp8Config(Section):
-    """Float8 products in the layers' linears (docs/fp8.md), never in the embedding and the output layer. Unread while recipe is off."""
-
-    recipe: Literal["off", "delayed", "current"] = "off"
-    """off; delayed: scales from past steps; current: the scale of each tensor from its own largest magnitude."""
-    format: Literal["hybrid", "e4m3"] = "hybrid"
-    """hybrid: E4M3 for inputs and weights, E5M2 for gradients. e4m3: E4M3 for all."""
-    delayed: DelayedScalingConfig = DelayedScalingConfig()
-    """Options of recipe=delayed."""
-    linears: tuple[Literal["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = Field(
-        ("in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), min_length=1
-    )
-    """Linears that take part: those of Mamba, attention and MLP layers, into and out of the block."""
-    bf16_layers_at_start: int = Field(0, ge=0)
-    """First layers of the whole pattern that stay in the working precision; every character of the pattern counts."""
-    bf16_layers_at_end: int = Field(0, ge=0)
-    """Last layers of the whole pattern that stay in the working precision."""
-    implementation: Literal["auto", "emulated", "scaled_mm", "cublaslt", "transformer_engine"] = "auto"
-    """emulated: fp32 products of float8 numbers, on any device. scaled_mm, cublaslt, transformer_engine: float8 tensor cores through torch,
-    by algorithms pinned for each shape, or through Transformer Engine. auto: emulated on a CPU, cublaslt on a GPU."""
-    telemetry_every_steps: int | None = Field(None, gt=0)
-    """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none. On a GPU such a step runs
-    beside the CUDA graph and needs a micro-batch's activations once more."""
-    shadow_every_steps: int | None = Field(None, gt=0)
-    """Steps between evaluations of the same batch in the working precision, which report the relative loss gap. Unset: none."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Fp8Config:
-        if self.recipe == "current" and self.delayed != DelayedScalingConfig():
-            raise ValueError(
-                "recipe=current keeps no history and reads none of the options under delayed; drop them, or set recipe=delayed"
-            )
-        if len(set(self.linears)) < len(self.linears):
-            raise ValueError(f"linears={list(self.linears)} names one twice")
+        require_divides("micro_batch_size", self.micro_batch_size, "global_batch_size", self.global_batch_size)
         return self
 
 
@@ -488,7 +347,7 @@ class RunConfig(Section):
         check_layout(self.model, self.parallel, self.data.sequence_length)
         if self.parallel.data is not None:
             per_pass = self.parallel.data * self.train.micro_batch_size
-            _require_divides("parallel.data x train.micro_batch_size", per_pass, "train.global_batch_size", self.train.global_batch_size)
+            require_divides("parallel.data x train.micro_batch_size", per_pass, "train.global_batch_size", self.train.global_batch_size)
         if self.fp8.recipe != "off":
             self._check_float8()
         if self.kernels.attention == "transformer_engine" and self.data.reset_at_documents:
@@ -516,19 +375,21 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, sequence_length: 
     """
     _check_tensor_split(model, parallel.tensor)
     if parallel.sequence_parallel:
-        _require_divides("parallel.tensor", parallel.tensor, "data.sequence_length", sequence_length)
+        require_divides("parallel.tensor", parallel.tensor, "data.sequence_length", sequence_length)
     plan_stages(model, parallel, sequence_length)
 
 
 def _check_tensor_split(model: ModelConfig, tensor: int) -> None:
     """Every split dimension must divide by the tensor ranks (facts of the mixer: heads and groups both split)."""
-    dimensions = {"model.ffn_hidden_size": model.ffn_hidden_size, "padded vocabulary": model.padded_vocab_size}
+    dimensions = {"padded vocabulary": model.padded_vocab_size}
     if "M" in model.pattern:
         dimensions |= {"model.mamba_num_heads": model.mamba_num_heads, "model.mamba_num_groups": model.mamba_num_groups}
     if "*" in model.pattern:
         dimensions |= {"model.num_attention_heads": model.num_attention_heads, "model.num_kv_heads": model.num_kv_heads}
+    for width in model.ffn_hidden_sizes:
+        require_divides("parallel.tensor", tensor, "model.ffn_hidden_size", width)
     for name, size in dimensions.items():
-        _require_divides("parallel.tensor", tensor, name, size)
+        require_divides("parallel.tensor", tensor, name, size)
 
 
 def check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, total_tokens: int) -> None:
@@ -550,8 +411,3 @@ def check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, total_t
         )
     if schedule.kind == "constant" and optimizer.min_lr:
         raise ValueError(f"optimizer.min_lr={optimizer.min_lr} is not read with schedule.kind=constant; drop it or choose cosine or wsd")
-
-
-def _require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
-    if value % divisor:
-        raise ValueError(f"{name}={value} does not divide by {divisor_name}={divisor}; change one of them")

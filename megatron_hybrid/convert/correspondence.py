@@ -62,7 +62,7 @@ def correspondences(model: ModelConfig) -> tuple[Correspondence, ...]:
     layers = {MAMBA: _mamba_layer, ATTENTION: _attention_layer}
     found = [_vocabulary("embedding.word_embeddings.weight", "model.embeddings.weight", model)]
     for number, kind in enumerate(model.layer_kinds):
-        found += layers.get(kind, _mlp_layer)(model, number)
+        found += layers.get(kind, _mlp_layer)(model.of_layer(number), number)
     found.append(_same("decoder.final_norm.weight", "model.norm_f.weight", (model.hidden_size,), None))
     found.append(_vocabulary("output_layer.weight", HUB_HEAD, model))
     return tuple(found)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.convert.widen import require_one_width
 from megatron_hybrid.layout.pattern import ATTENTION, LAYER_KINDS, MAMBA, MLP
 
 HubStyle = Literal["transformers", "hub"]
@@ -133,6 +134,7 @@ def hub_from_model(
         raise ValueError(
             f"model.position_embedding={model.position_embedding} cannot be written for Hugging Face: NemotronH has no position embedding"
         )
+    require_one_width(model, "Hugging Face's NemotronH")
     kinds = model.layer_kinds
     layers = (
         {"hybrid_override_pattern": kinds, "num_hidden_layers": len(kinds), "attention_head_dim": model.head_dim}

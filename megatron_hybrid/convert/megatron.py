@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,11 +16,12 @@ from torch import Tensor
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.hub import find_tokenizer
-from megatron_hybrid.convert.native import file_sizes
 from megatron_hybrid.convert.source import Companions, Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
-from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenizer, stage_numbers
-from megatron_hybrid.convert.torch_dist import TorchDistReader, TorchDistWriter, finish_directory
+from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenizer
+from megatron_hybrid.convert.torch_dist import TorchDistReader, finish_directory
+from megatron_hybrid.convert.torch_dist_target import TorchDistTarget
+from megatron_hybrid.convert.widen import require_one_width
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ARGUMENTS = {
@@ -105,42 +106,17 @@ class MegatronSource:
         return self.specs[key].shape[0]
 
 
-class MegatronTarget:
-    """A folder with one iteration, the tracker file that names it, and the tokenizer.
+class MegatronTarget(TorchDistTarget):
+    """A folder with one iteration, the tracker file that names it, and the tokenizer."""
 
-    Args:
-        plan: what will be written.
-        final: the directory's name when it is complete.
-    """
-
-    def __init__(self, plan: Plan, final: Path) -> None:
-        self._plan, self._final = plan, final
-        self._stages = stage_numbers(plan)
+    @property
+    def _iteration(self) -> int:
         # Megatron-LM refuses a tracker that says 0.
-        self._iteration = max(1, plan.companions.step)
-        self._num_written = 0
+        return max(1, self._plan.companions.step)
 
-    def open(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
-        """See ``Target``."""
-        folder = self._folder(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = TorchDistWriter(folder, tensor_ranks=self._plan.layout.tensor, num_stages=self._plan.layout.pipeline)
-        self._writer.open(file_sizes(written))
-        self._num_written = len(written)
-
-    def write(self, native: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """See ``Target``."""
-        number, self._num_written = self._num_written, self._num_written + 1
-        pairs = zip(self._plan.correspondences[number].native, native, strict=True)
-        return [record for description, tensor in pairs for record in self._writer.write(description, tensor, self._stages[number])]
-
-    def flush(self) -> list[BinaryIO]:
-        """See ``Target``."""
-        return self._writer.flush()
-
-    def close(self) -> None:
-        """See ``Target``."""
-        self._writer.close()
+    def weights_folder(self, directory: Path) -> Path:
+        """See ``TorchDistTarget``."""
+        return directory / f"iter_{self._iteration:07d}"
 
     def finish(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
         """See ``Target``."""
@@ -151,20 +127,22 @@ class MegatronTarget:
             "iteration": self._iteration,
             "num_floating_point_operations_so_far": 0,
         }
-        finish_directory(self._folder(directory), [record for each in written for record in each], common)
+        finish_directory(self.weights_folder(directory), [record for each in written for record in each], common)
         (directory / TRACKER).write_text(str(self._iteration))
 
     def read_back(self, directory: Path) -> MegatronSource:
         """See ``Target``."""
         return MegatronSource(directory)
 
-    def _folder(self, directory: Path) -> Path:
-        return directory / f"iter_{self._iteration:07d}"
-
 
 def arguments_of(plan: Plan, iteration: int) -> dict[str, Any]:
-    """Return the arguments that Megatron-LM compares with its own, or takes over with ``--use-checkpoint-args``."""
+    """Return the arguments that Megatron-LM compares with its own, or takes over with ``--use-checkpoint-args``.
+
+    Raises:
+        ValueError: MLP layers differ in width.
+    """
     model, layout = plan.model, plan.layout
+    require_one_width(model, "Megatron-LM")
     return {
         **{theirs: getattr(model, ours) for ours, theirs in _ARGUMENTS.items()},
         **_FIXED,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -18,11 +18,12 @@ from megatron_hybrid.checkpoint.manifest import MANIFEST, Manifest, TensorFacts,
 from megatron_hybrid.checkpoint.store import LATEST, complete_steps, step_name
 from megatron_hybrid.config import ModelConfig, RunConfig, TokenizerConfig, dump_config, load_config
 from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME, CONFIG_NAME
-from megatron_hybrid.convert.correspondence import correspondences
+from megatron_hybrid.convert.correspondence import NativeTensor, correspondences
 from megatron_hybrid.convert.source import Companions, Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
-from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenizer, stage_numbers
-from megatron_hybrid.convert.torch_dist import TorchDistReader, TorchDistWriter, finish_directory
+from megatron_hybrid.convert.target import TOKENIZER_FOLDER, copy_tokenizer
+from megatron_hybrid.convert.torch_dist import TorchDistReader, finish_directory
+from megatron_hybrid.convert.torch_dist_target import TorchDistTarget
 from megatron_hybrid.data.tokenizer import load_tokenizer
 
 _CONFIG_COMMENT = """\
@@ -86,47 +87,16 @@ class NativeSource:
         return tensor
 
 
-class NativeTarget:
-    """A run directory with one checkpoint of weights, that generation reads and training starts from.
+class NativeTarget(TorchDistTarget):
+    """A run directory with one checkpoint of weights, that generation reads and training starts from."""
 
-    Args:
-        plan: what will be written.
-        final: the directory's name when it is complete.
-    """
-
-    def __init__(self, plan: Plan, final: Path) -> None:
-        self._plan, self._final = plan, final
-        self._stages = stage_numbers(plan)
-        self._num_written = 0
-
-    def open(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
-        """See ``Target``."""
-        checkpoint = self._checkpoint(directory)
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        self._writer = TorchDistWriter(checkpoint, tensor_ranks=self._plan.layout.tensor, num_stages=self._plan.layout.pipeline)
-        self._writer.open(file_sizes(written))
-        self._num_written = len(written)
-
-    def write(self, native: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """See ``Target``."""
-        number, self._num_written = self._num_written, self._num_written + 1
-        records = []
-        for description, tensor in zip(self._plan.correspondences[number].native, native, strict=True):
-            digest = _facts(tensor).digest
-            records += [record | {"digest": digest} for record in self._writer.write(description, tensor, self._stages[number])]
-        return records
-
-    def flush(self) -> list[BinaryIO]:
-        """See ``Target``."""
-        return self._writer.flush()
-
-    def close(self) -> None:
-        """See ``Target``."""
-        self._writer.close()
+    def weights_folder(self, directory: Path) -> Path:
+        """See ``TorchDistTarget``."""
+        return directory / CHECKPOINTS_NAME / step_name(self._plan.companions.step)
 
     def finish(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
         """See ``Target``."""
-        checkpoint, records = self._checkpoint(directory), [record for each in written for record in each]
+        checkpoint, records = self.weights_folder(directory), [record for each in written for record in each]
         finish_directory(checkpoint, records, {})
         step = self._plan.companions.step
         # No stream of samples and no optimizer is behind these weights, so a run that would continue them is refused.
@@ -141,15 +111,16 @@ class NativeTarget:
         run = run.model_copy(
             update={"data": run.data.model_copy(update={"tokenizer": tokenizer, "sequence_length": self._plan.companions.sequence_length})}
         )
-        comment = _CONFIG_COMMENT.format(checkpoint=self._checkpoint(self._final))
+        comment = _CONFIG_COMMENT.format(checkpoint=self.weights_folder(self._final))
         (directory / CONFIG_NAME).write_text(comment + dump_config(run))
 
     def read_back(self, directory: Path) -> NativeSource:
         """See ``Target``."""
         return NativeSource(directory)
 
-    def _checkpoint(self, directory: Path) -> Path:
-        return directory / CHECKPOINTS_NAME / step_name(self._plan.companions.step)
+    def _write_tensor(self, description: NativeTensor, tensor: Tensor, stage: int) -> list[dict[str, Any]]:
+        digest = _facts(tensor).digest
+        return [record | {"digest": digest} for record in super()._write_tensor(description, tensor, stage)]
 
 
 def run_of(model: ModelConfig, run_dir: Path, *, precision: str) -> RunConfig:
@@ -161,15 +132,6 @@ def run_of(model: ModelConfig, run_dir: Path, *, precision: str) -> RunConfig:
         optimizer={"lr": 1e-5},
         train={"steps": 1, "global_batch_size": 1, "precision": precision},
     )
-
-
-def file_sizes(written: Sequence[list[dict[str, Any]]]) -> dict[str, int]:
-    """Return how much of each file is written, from the records of its shards."""
-    ends = ((record["file"], record["start"] + record["length"]) for records in written for record in records)
-    sizes: dict[str, int] = {}
-    for name, end in ends:
-        sizes[name] = max(end, sizes.get(name, 0))
-    return sizes
 
 
 def _facts(tensor: Tensor) -> TensorFacts:

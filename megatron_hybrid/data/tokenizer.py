@@ -206,7 +206,7 @@ def load_tokenizer(kind: Literal["sentencepiece", "huggingface"], path: Path, eo
             if path.is_dir():
                 raise ValueError("a sentencepiece tokenizer is a .model file, not a folder; for a folder set kind to huggingface")
             return SentencePieceTokenizer(path.read_bytes(), eod_token)
-        definition, named_eod = _read_folder(path) if path.is_dir() else (path.read_text(encoding="utf-8"), _eod_beside(path))
+        definition, named_eod = _read_folder(path) if path.is_dir() else (_read_text(path), _eod_beside(path))
         return HuggingFaceTokenizer(definition, eod_token or named_eod)
     except ValueError as error:
         raise ValueError(f"tokenizer {path}: {error}") from error
@@ -257,6 +257,16 @@ def _eod_beside(definition: Path) -> str | None:
         return None
     token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
     return token["content"] if isinstance(token, dict) else token
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            "a huggingface tokenizer is a tokenizer.json or a folder, and this file is no text; for a sentencepiece .model set kind to "
+            "sentencepiece"
+        ) from None
 
 
 def _read_folder(folder: Path) -> tuple[str, str | None]:

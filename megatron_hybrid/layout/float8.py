@@ -45,12 +45,14 @@ def plan_float8(model: HybridShape, tensor: int, choice: Float8Choice) -> tuple[
     """
     num_layers = len(model.layer_kinds)
     own_layers = range(choice.bf16_layers_at_start, num_layers - choice.bf16_layers_at_end)
-    unfit = unfit_linears(model, tensor)
     plan = tuple(
-        tuple(name for name in LINEARS[kind] if name in choice.linears and name not in unfit) if layer in own_layers else ()
+        tuple(name for name, shape in _rank_shapes(model.of_layer(layer), kind, tensor).items() if name in choice.linears and _fits(shape))
+        if layer in own_layers
+        else ()
         for layer, kind in enumerate(model.layer_kinds)
     )
     if not any(plan):
+        unfit = unfit_linears(model, tensor)
         raise ValueError(
             f"no linear would run in float8: {num_layers} layers, of which {choice.bf16_layers_at_start} at the start and "
             f"{choice.bf16_layers_at_end} at the end stay in BF16; linears asked for: {', '.join(choice.linears)}; "
@@ -61,9 +63,20 @@ def plan_float8(model: HybridShape, tensor: int, choice: Float8Choice) -> tuple[
 
 
 def unfit_linears(model: HybridShape, tensor: int) -> dict[str, tuple[int, int]]:
-    """Return the linears that a tensor cut leaves without multiples of 16, with the [output, input] shape of a rank's weight."""
-    shapes = {name: shape for kind in LINEARS if kind in model.layer_kinds for name, shape in _rank_shapes(model, kind, tensor).items()}
-    return {name: shape for name, shape in shapes.items() if shape[0] % DIMENSION_UNIT or shape[1] % DIMENSION_UNIT}
+    """Return the linears that a tensor cut leaves without multiples of 16, with the [output, input] shape of a rank's weight.
+
+    Where layers differ in width, the shape is of the first that does not fit.
+    """
+    unfit: dict[str, tuple[int, int]] = {}
+    for layer, kind in enumerate(model.layer_kinds):
+        for name, shape in _rank_shapes(model.of_layer(layer), kind, tensor).items():
+            if not _fits(shape):
+                unfit.setdefault(name, shape)
+    return unfit
+
+
+def _fits(shape: tuple[int, int]) -> bool:
+    return not (shape[0] % DIMENSION_UNIT or shape[1] % DIMENSION_UNIT)
 
 
 def _rank_shapes(model: HybridShape, kind: str, tensor: int) -> dict[str, tuple[int, int]]:

@@ -40,7 +40,10 @@ _TRAINING_PASSES = 3
 
 
 def layer_training_flops(shape: HybridShape, kind: str, sequence_length: int) -> int:
-    """Return the training FLOPs per token of one layer of ``kind``, at samples of ``sequence_length`` tokens."""
+    """Return the training FLOPs per token of one layer of ``kind``, at samples of ``sequence_length`` tokens.
+
+    Where MLP layers differ in width, ``shape`` is ``of_layer``.
+    """
     if kind == ATTENTION:
         forward = _attention_forward_flops(shape, sequence_length)
     else:
@@ -55,7 +58,10 @@ def head_training_flops(shape: HybridShape) -> int:
 
 def training_flops_by_kind(shape: HybridShape, sequence_length: int) -> dict[str, int]:
     """Return the training FLOPs per token of all layers of each kind together, the head left out."""
-    return {kind: count * layer_training_flops(shape, kind, sequence_length) for kind, count in count_kinds(shape.layer_kinds).items()}
+    totals = dict.fromkeys(count_kinds(shape.layer_kinds), 0)
+    for layer, kind in enumerate(shape.layer_kinds):
+        totals[kind] += layer_training_flops(shape.of_layer(layer), kind, sequence_length)
+    return totals
 
 
 def training_flops_per_token(shape: HybridShape, sequence_length: int) -> int:

@@ -19,7 +19,10 @@ from megatron_hybrid.layout.shape import (
 
 
 def num_layer_parameters(shape: HybridShape, kind: str, tensor: int = 1) -> int:
-    """Return the parameters of one layer of ``kind``, its pre-norm included, on one of ``tensor`` tensor ranks."""
+    """Return the parameters of one layer of ``kind``, its pre-norm included, on one of ``tensor`` tensor ranks.
+
+    Where MLP layers differ in width, ``shape`` is ``of_layer``.
+    """
     split = {MAMBA: _num_mamba_weights, ATTENTION: _num_attention_weights, MLP: _num_mlp_weights}[kind](shape)
     assert split % tensor == 0, f"{split} weights of a {kind!r} layer over {tensor} tensor ranks"
     return shape.hidden_size + split // tensor
@@ -48,7 +51,8 @@ def num_stage_parameters(shape: HybridShape, stages: Sequence[tuple[int, int]], 
         stages: (first, end) layer range per stage, as ``plan_stages`` gives them.
         tensor: tensor-parallel ranks.
     """
-    counts = [sum(num_layer_parameters(shape, kind, tensor) for kind in shape.layer_kinds[first:end]) for first, end in stages]
+    of_layers = [num_layer_parameters(shape.of_layer(layer), kind, tensor) for layer, kind in enumerate(shape.layer_kinds)]
+    counts = [sum(of_layers[first:end]) for first, end in stages]
     counts[0] += num_embedding_parameters(shape, tensor)
     counts[-1] += num_head_parameters(shape, tensor)
     return tuple(counts)
@@ -56,7 +60,10 @@ def num_stage_parameters(shape: HybridShape, stages: Sequence[tuple[int, int]], 
 
 def num_parameters_by_kind(shape: HybridShape) -> dict[str, int]:
     """Return the parameters of all layers of each kind together, embedding and head left out."""
-    return {kind: count * num_layer_parameters(shape, kind) for kind, count in count_kinds(shape.layer_kinds).items()}
+    totals = dict.fromkeys(count_kinds(shape.layer_kinds), 0)
+    for layer, kind in enumerate(shape.layer_kinds):
+        totals[kind] += num_layer_parameters(shape.of_layer(layer), kind)
+    return totals
 
 
 def _num_mamba_weights(shape: HybridShape) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 
 class HybridShape(Protocol):
@@ -15,7 +15,9 @@ class HybridShape(Protocol):
     @property
     def hidden_size(self) -> int: ...
     @property
-    def ffn_hidden_size(self) -> int: ...
+    def ffn_hidden_size(self) -> int | tuple[int, ...]: ...
+    @property
+    def ffn_hidden_sizes(self) -> tuple[int, ...]: ...
     @property
     def num_attention_heads(self) -> int: ...
     @property
@@ -36,6 +38,7 @@ class HybridShape(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def padded_vocab_size(self) -> int: ...
+    def of_layer(self, layer: int) -> Self: ...
 
 
 class PipelineShape(Protocol):

@@ -58,7 +58,8 @@ def plan_stages(model: HybridShape, parallel: PipelineShape, sequence_length: in
 
 def stage_costs(model: HybridShape, stages: Stages, sequence_length: int) -> tuple[int, ...]:
     """Return the training FLOPs per token of each stage; the output layer stands on the last."""
-    costs = [sum(layer_training_flops(model, kind, sequence_length) for kind in model.layer_kinds[first:end]) for first, end in stages]
+    of_layers = [layer_training_flops(model.of_layer(layer), kind, sequence_length) for layer, kind in enumerate(model.layer_kinds)]
+    costs = [sum(of_layers[first:end]) for first, end in stages]
     costs[-1] += head_training_flops(model)
     return tuple(costs)
 

@@ -17,6 +17,8 @@ from megatron_hybrid.substrate.context import Substrate
 def build_chunks(run: RunConfig, config: TransformerConfig, substrate: Substrate) -> list[HybridModel]:
     """Make and initialise the chunks this rank holds, in model order: one, or ``virtual_pipeline`` of them under interleaving.
 
+    Under ``checkpoint.initialize_from`` the weights are left as memory is found: the trainer loads them.
+
     Virtual stage v lives on pipeline rank v % pipeline, as its chunk v // pipeline.
     """
     stages = plan_stages(run.model, run.parallel, run.data.sequence_length)
@@ -38,12 +40,14 @@ def build_chunks(run: RunConfig, config: TransformerConfig, substrate: Substrate
             layers = [(f"decoder.layers.{index}", layer) for index, layer in enumerate(chunk.decoder.layers, first)]
             use_float8(layers, plan_float8(run.model, run.parallel.tensor, run.fp8)[first:end], run.fp8, substrate.device)
         chunk.to(substrate.device)
-        initialize_parameters(
-            chunk.named_global_parameters(),
-            seed=run.seed,
-            tensor_rank=substrate.tensor_rank,
-            tensor_ranks=run.parallel.tensor,
-            num_threads=substrate.num_threads,
-        )
+        # Drawing takes seconds per hundred million parameters, which is lost where a checkpoint's weights follow.
+        if run.checkpoint.initialize_from is None:
+            initialize_parameters(
+                chunk.named_global_parameters(),
+                seed=run.seed,
+                tensor_rank=substrate.tensor_rank,
+                tensor_ranks=run.parallel.tensor,
+                num_threads=substrate.num_threads,
+            )
         chunks.append(chunk)
     return chunks

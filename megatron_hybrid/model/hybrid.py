@@ -6,7 +6,7 @@ Parameter names are those of Megatron-LM's MambaModel: ``embedding.word_embeddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Callable, Iterator, Sequence as Items
 from typing import Literal
 
 import torch
@@ -97,10 +97,16 @@ class HybridModel(MegatronModule):
             rope_cos_sin=None if self.rope is None else rope_tables(positions_L, *self.rope),
         )
 
-    def run_layers(self, tokens_BL: Tensor, sequence: Sequence, caches: Items[object] | None = None) -> Tensor:
-        """Embedding (on the first stage) and this stage's layers, final norm included on the last."""
+    def run_layers(
+        self,
+        tokens_BL: Tensor,
+        sequence: Sequence,
+        caches: Items[object] | None = None,
+        after_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Embedding (on the first stage) and this stage's layers, final norm included on the last; see ``HybridStack``."""
         hidden_LBD = self.embedding(tokens_BL) if self.pre_process else self.input_tensor
-        return self.decoder(hidden_LBD, sequence, caches)
+        return self.decoder(hidden_LBD, sequence, caches, after_layer)
 
 
 def global_name(local_name: str, first_layer: int) -> str:

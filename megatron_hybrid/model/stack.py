@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 from typing import Literal
 
 import torch
@@ -38,16 +38,26 @@ class HybridStack(torch.nn.Module):
         self.first_layer, end = layer_range
         self.recompute_layers = recompute == "full"
         kinds = model.layer_kinds[self.first_layer : end]
-        self.layers = torch.nn.ModuleList(_LAYERS[kind](model, config, ops, recompute_core=recompute == "selective") for kind in kinds)
+        self.layers = torch.nn.ModuleList(
+            _LAYERS[kind](model.of_layer(number), config, ops, recompute_core=recompute == "selective")
+            for number, kind in enumerate(kinds, self.first_layer)
+        )
         self.final_norm = Norm(model.hidden_size, config, ops) if has_final_norm else None
 
-    def forward(self, hidden_LBD: Tensor, sequence: Sequence, caches: Items[object] | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_LBD: Tensor,
+        sequence: Sequence,
+        caches: Items[object] | None = None,
+        after_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Run the layers over [L, B, D] (the rank's part of L under sequence parallelism).
 
         Args:
             hidden_LBD: the residual stream.
             sequence: what the layers share about the sequence.
             caches: one cache per layer of this stack for generation, None while training.
+            after_layer: told each layer's number in the whole model, and the residual stream after it.
         """
         for index, layer in enumerate(self.layers):
             if caches is not None:
@@ -57,4 +67,6 @@ class HybridStack(torch.nn.Module):
                 hidden_LBD = tensor_parallel.checkpoint(lambda hidden, layer=layer: layer(hidden, sequence), False, hidden_LBD)
             else:
                 hidden_LBD = layer(hidden_LBD, sequence)
+            if after_layer is not None:
+                after_layer(self.first_layer + index, hidden_LBD)
         return hidden_LBD if self.final_norm is None else self.final_norm(hidden_LBD)

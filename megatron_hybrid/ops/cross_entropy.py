@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hybrid.ops.linear import matmul_nt, weight_gradient
+from megatron_hybrid.ops.linear_loss import chunked_linear_loss
 
 LOG2_E = 1.4426950408889634
 
@@ -65,57 +65,25 @@ def linear_cross_entropy(
     Raises ValueError for a label outside [0, vocab_size).
     """
     check_labels(labels, vocab_size)
-    wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight_VD, labels, token_weights, vocab_size, group, num_rows_per_chunk, wants_gradients)
+    first, num_valid = _owned_rows(weight_VD.shape[0], vocab_size, group)
+    labels_N = labels.reshape(-1)
 
+    def chunk_loss(rows: slice, logits_NV: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        maximum = _maximum(logits_NV, group)
+        row, owned = _local_labels(labels_N[rows], first, num_valid)
+        label_logit = _label_logits(logits_NV, row, owned) if num_valid else torch.zeros_like(maximum)
+        exponentials = logits_NV.sub_(maximum[:, None]).exp2_()
+        total, label_logit = _sum_over(torch.stack((exponentials.sum(-1), label_logit)), group)
+        losses_N = (maximum + total.log2() - label_logit) / LOG2_E
+        if weights_N is None:
+            return losses_N, None
+        gradient = exponentials.mul_((weights_N / total)[:, None])
+        return losses_N, gradient.scatter_add_(-1, row[:, None], torch.where(owned, -weights_N, 0)[:, None])
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Logits are formed in units of log 2 (hidden is scaled by log2 e): exp2 is the cheapest exponential there is."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight_VD: Tensor,
-        labels: Tensor,
-        token_weights: Tensor,
-        vocab_size: int,
-        group: dist.ProcessGroup | None,
-        num_rows_per_chunk: int,
-        wants_gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
-        first, num_valid = _owned_rows(weight_VD.shape[0], vocab_size, group)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden_ND, labels_N, weights_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), token_weights.reshape(-1).to(wide)
-        valid_VD = weight_VD[:num_valid]
-        losses_N = torch.empty(labels_N.shape, dtype=wide, device=hidden.device)
-        dhidden_ND = torch.zeros_like(hidden_ND) if wants_gradients else None
-        dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=hidden.device) if wants_gradients else None
-        for start in range(0, labels_N.shape[0], num_rows_per_chunk):
-            rows = slice(start, start + num_rows_per_chunk)
-            logits = _logits(hidden_ND[rows], valid_VD).to(wide).mul_(LOG2_E)
-            maximum = _maximum(logits, group)
-            row, owned = _local_labels(labels_N[rows], first, num_valid)
-            label_logit = _label_logits(logits, row, owned) if num_valid else torch.zeros_like(maximum)
-            exponentials = logits.sub_(maximum[:, None]).exp2_()
-            total, label_logit = _sum_over(torch.stack((exponentials.sum(-1), label_logit)), group)
-            losses_N[rows] = (maximum + total.log2() - label_logit) / LOG2_E
-            if wants_gradients and num_valid:
-                gradient = exponentials.mul_((weights_N[rows] / total)[:, None])
-                gradient.scatter_add_(-1, row[:, None], torch.where(owned, -weights_N[rows], 0)[:, None])
-                gradient = gradient.to(hidden.dtype)
-                dhidden_ND[rows] = matmul_nt(gradient, valid_VD.t())
-                dweight_VD[:num_valid] += weight_gradient(gradient, hidden_ND[rows])
-        if wants_gradients:
-            ctx.save_for_backward(dhidden_ND.view(hidden.shape), dweight_VD.to(weight_VD.dtype))
-        losses = losses_N.view(labels.shape)
-        ctx.mark_non_differentiable(losses)
-        return (losses_N * weights_N).sum(), losses
-
-    @staticmethod
-    def backward(ctx, dsum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight_VD = ctx.saved_tensors
-        return (dhidden * dsum).to(dhidden.dtype), (dweight_VD * dsum).to(dweight_VD.dtype), None, None, None, None, None, None
+    # In units of log 2: exp2 is the cheapest exponential there is.
+    return chunked_linear_loss(
+        hidden, weight_VD, token_weights, chunk_loss, num_valid=num_valid, scale=LOG2_E, num_rows_per_chunk=num_rows_per_chunk
+    )
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -137,10 +105,6 @@ def _owned_rows(num_rows: int, vocab_size: int, group: dist.ProcessGroup | None)
     """First vocabulary id of this rank's shard, and how many of its `num_rows` rows are real words."""
     first = 0 if group is None else group.rank() * num_rows
     return first, max(0, min(num_rows, vocab_size - first))
-
-
-def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    return matmul_nt(hidden_ND, weight_VD) if weight_VD.shape[0] else hidden_ND.new_zeros(hidden_ND.shape[0], 0)
 
 
 def _maximum(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:

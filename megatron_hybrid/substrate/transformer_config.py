@@ -19,7 +19,8 @@ def build_transformer_config(config: RunConfig, substrate: Substrate) -> Transfo
         # Shapes
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
+        # Our MLP layers take their widths from the model; megatron-core's settings know one
+        ffn_hidden_size=max(model.ffn_hidden_sizes, default=model.ffn_hidden_size),
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_kv_heads,
         kv_channels=model.head_dim,

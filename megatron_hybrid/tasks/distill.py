@@ -2,13 +2,15 @@
 
 Both stand on the same ranks, each cut into pipeline stages of its own. Stages hand on one tensor, the student's residual stream beside
 the teacher's, so that megatron-core's schedules move both; no gradient comes back for the teacher's part. The loss is made on the last
-stage from the two last hidden states, chunk by chunk, without gathering the vocabulary (``ops/distillation.py``).
+stage from the two last hidden states, chunk by chunk, without gathering the vocabulary (``ops/distillation.py``); residual streams between
+layers can be compared too, where there are no pipeline stages (``layer_losses.py``).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,10 +34,12 @@ from megatron_hybrid.layers.specs import choose_implementations
 from megatron_hybrid.layout.flops import training_flops_per_token
 from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.model.hybrid import HybridModel
+from megatron_hybrid.ops.hidden_states import cosine_distance
 from megatron_hybrid.ops.registry import select
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from megatron_hybrid.tasks.frozen import load_frozen_chunks
+from megatron_hybrid.tasks.layer_losses import LayerLossOptions, StreamTap, check_layer_losses, layer_loss
 from megatron_hybrid.tasks.pretrain import Pretraining
 from megatron_hybrid.train.task import LossFunction, Metrics
 
@@ -52,6 +56,8 @@ class DistillOptions:
     """Weight of the student's next-token loss beside the distillation loss."""
     hidden_loss_weight: float = 0.0
     """Weight of 1 - cosine between the last hidden states (after the final norm)."""
+    layer_loss: LayerLossOptions | None = None
+    """Residual streams that are compared after layers in between."""
 
 
 class Distillation(Pretraining):
@@ -108,7 +114,8 @@ class Distillation(Pretraining):
     def data_fingerprint(self) -> dict[str, Any]:
         """The stream's, and who teaches how: another teacher would be another run."""
         options = asdict(self.options) | {"teacher": hashlib.blake2b((self.options.teacher / MANIFEST).read_bytes()).hexdigest()[:16]}
-        return {**self.stream.fingerprint(), "distillation": options}
+        # As a checkpoint's header gives it back: lists for tuples.
+        return {**self.stream.fingerprint(), "distillation": json.loads(json.dumps(options))}
 
     def check_fingerprint(self, saved: dict[str, Any]) -> None:
         """Refuse another stream, teacher or loss, naming what differs."""
@@ -160,14 +167,26 @@ class StudentAndTeacher(MegatronModule):
             loss, which carries the gradient, then its terms, in the order of the task's metric names.
         """
         length = tokens_BL.shape[1]
+        pairs = () if self.options.layer_loss is None else self.options.layer_loss.pairs
+        teacher_tap, student_tap = StreamTap(pair.teacher for pair in pairs), StreamTap(pair.student for pair in pairs)
         with torch.no_grad():
-            teacher_LBE = self.teacher.run_layers(tokens_BL, self.teacher.describe_sequence(length, segment_ids_BL))
-        student_LBD = self.student.run_layers(tokens_BL, self.student.describe_sequence(length, segment_ids_BL))
+            sequence = self.teacher.describe_sequence(length, segment_ids_BL)
+            teacher_LBE = self.teacher.run_layers(tokens_BL, sequence, after_layer=teacher_tap)
+        sequence = self.student.describe_sequence(length, segment_ids_BL)
+        student_LBD = self.student.run_layers(tokens_BL, sequence, after_layer=student_tap)
         if not self.post_process:
             return torch.cat((student_LBD, teacher_LBE), dim=-1)
-        return self._losses(student_LBD, teacher_LBE, labels_BL, loss_mask_BL)
+        return self._losses(student_LBD, teacher_LBE, student_tap.streams, teacher_tap.streams, labels_BL, loss_mask_BL)
 
-    def _losses(self, student_LBD: Tensor, teacher_LBE: Tensor, labels_BL: Tensor, loss_mask_BL: Tensor) -> Tensor:
+    def _losses(
+        self,
+        student_LBD: Tensor,
+        teacher_LBE: Tensor,
+        student_streams: dict[int, Tensor],
+        teacher_streams: dict[int, Tensor],
+        labels_BL: Tensor,
+        loss_mask_BL: Tensor,
+    ) -> Tensor:
         options, head = self.options, self.student.output_layer
         whole_LBD = whole_sequence(student_LBD, head.sequence_parallel)
         whole_LBE = whole_sequence(teacher_LBE, head.sequence_parallel)
@@ -190,19 +209,31 @@ class StudentAndTeacher(MegatronModule):
         if options.hidden_loss_weight:
             terms.append(_cosine_loss(whole_LBD, whole_LBE, loss_mask_BL.t()))
             total = total + options.hidden_loss_weight * terms[-1]
+        if options.layer_loss is not None:
+            terms.append(
+                layer_loss(
+                    options.layer_loss,
+                    student_streams,
+                    teacher_streams,
+                    loss_mask_BL.t(),
+                    get_tensor_model_parallel_group(),
+                    head.sequence_parallel,
+                )
+            )
+            total = total + options.layer_loss.weight * terms[-1]
         return torch.stack([total, *(term.detach() for term in terms)])
 
 
 def _cosine_loss(student_LBD: Tensor, teacher_LBD: Tensor, weights_LB: Tensor) -> Tensor:
     """1 - cosine, summed over tokens with weights. Every tensor rank computes all of it, and the ranks' gradients will be summed."""
-    cosine_LB = torch.nn.functional.cosine_similarity(student_LBD.float(), teacher_LBD.float(), dim=-1)
-    whole = ((1.0 - cosine_LB) * weights_LB).sum()
+    whole = (cosine_distance(student_LBD, teacher_LBD) * weights_LB).sum()
     share = whole / get_tensor_model_parallel_group().size()
     return share + (whole - share).detach()
 
 
 def _extra_terms(options: DistillOptions) -> tuple[str, ...]:
-    return tuple(name for name, weight in (("lm_loss", options.lm_loss_weight), ("hidden", options.hidden_loss_weight)) if weight)
+    terms = {"lm_loss": options.lm_loss_weight, "hidden": options.hidden_loss_weight, "layers": options.layer_loss is not None}
+    return tuple(name for name, is_there in terms.items() if is_there)
 
 
 def _teacher_run(run: RunConfig, options: DistillOptions) -> RunConfig:
@@ -218,6 +249,8 @@ def _teacher_run(run: RunConfig, options: DistillOptions) -> RunConfig:
             f"hidden_loss_weight={options.hidden_loss_weight} compares hidden states, but the teacher's are {teacher.hidden_size} wide and "
             f"the student's {student.hidden_size}; set it to 0"
         )
+    if options.layer_loss is not None:
+        check_layer_losses(options.layer_loss, student, teacher, run.parallel)
     parallel = run.parallel.model_copy(update={"stages": None})
     check_layout(teacher, parallel, run.data.sequence_length)
     return run.model_copy(update={"model": teacher, "parallel": parallel, "fp8": Fp8Config()})

@@ -94,3 +94,33 @@ def test_float8_is_off_unless_asked_for_and_then_unread() -> None:
 
 def test_dimensions_that_no_layer_uses_need_not_divide() -> None:
     assert run_with(model={"pattern": "M-M-", "num_kv_heads": 1}, parallel={"tensor": 4}).parallel.tensor == 4
+
+
+def test_mlp_layers_may_differ_in_width() -> None:
+    model = run_with(model={"pattern": "M-|M-*-", "ffn_hidden_size": [64, 48, 64]}).model
+    assert model.ffn_hidden_size == model.ffn_hidden_sizes == (64, 48, 64)
+    assert [model.of_layer(layer).ffn_hidden_size for layer in (1, 3, 5)] == [64, 48, 64]
+    # One model is written in one way.
+    assert run_with(model={"pattern": "M-M-", "ffn_hidden_size": [64, 64]}).model.ffn_hidden_size == 64
+    assert run_with(model={"pattern": "M-M-", "ffn_hidden_size": 64}).model.ffn_hidden_sizes == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([64, 48], r"\[64, 48\] names 2 widths, but the pattern has 3 MLP layers; give one for each"),
+        ([64, 64], "names 2 widths, but the pattern has 3 MLP layers"),
+        ([64, 0, 64], r"expected a whole number above 0, or a list of them, got \[64, 0, 64\]"),
+        (-1, "expected a whole number above 0, or a list of them, got -1"),
+        (True, "or a list of them, got True"),
+        ("wide", "or a list of them, got 'wide'"),
+    ],
+)
+def test_widths_that_cannot_be(widths: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run_with(model={"pattern": "M-M-*-", "ffn_hidden_size": widths})
+
+
+def test_tensor_ranks_must_divide_every_width() -> None:
+    with pytest.raises(ValidationError, match="model.ffn_hidden_size=50 does not divide by parallel.tensor=4"):
+        run_with(model={"pattern": "M-M-", "ffn_hidden_size": [64, 50]}, parallel={"tensor": 4})

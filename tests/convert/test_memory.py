@@ -21,7 +21,7 @@ MODEL = {
     "ssm_state_size": 128,
 }  # fmt: skip
 SHAPES = {
-    "vocabulary": {"vocab_size": 32000, "intermediate_size": 16384, "hybrid_override_pattern": "M-M-M*-M-M-M-"},
+    "vocabulary": {"vocab_size": 32000, "intermediate_size": 16384, "hybrid_override_pattern": "M-M*-M-"},
     "MLP": {"vocab_size": 512, "intermediate_size": 32768, "hybrid_override_pattern": "M*-"},
 }
 """Models by what their largest tensor belongs to: the whole model has two of the first kind, every MLP layer two of the second."""

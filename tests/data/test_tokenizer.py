@@ -180,6 +180,10 @@ def test_unusable_tokenizers_are_named(tmp_path: Path, monkeypatch: pytest.Monke
             load_tokenizer(kind, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="not a folder"):
         load_tokenizer("sentencepiece", tmp_path)
+    binary = tmp_path / "binary.model"
+    binary.write_bytes(b"\n\xff\xfe")
+    with pytest.raises(ValueError, match=r"binary\.model: .* is no text; for a sentencepiece \.model set kind to sentencepiece"):
+        load_tokenizer("huggingface", binary)
     with pytest.raises(ValueError, match="transformers cannot read this folder"):
         load_tokenizer("huggingface", tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -90,9 +90,10 @@ def on_ranks(run: RunConfig) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "layout", [{"tensor": 2}, {"pipeline": 2}, pytest.param({"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow)], ids=str
 )
-def test_every_layout_gives_the_same_tokens(layout: dict[str, int], tmp_path: Path, run_ranks) -> None:
-    (one,) = run_ranks(on_ranks, 1, run_of(tmp_path))
-    run = run_of(tmp_path, parallel=layout)
+@pytest.mark.parametrize("widths", [96, (96, 40)], ids=str)
+def test_every_layout_gives_the_same_tokens(layout: dict[str, int], widths: object, tmp_path: Path, run_ranks) -> None:
+    (one,) = run_ranks(on_ranks, 1, run_of(tmp_path, ffn_hidden_size=widths))
+    run = run_of(tmp_path, parallel=layout, ffn_hidden_size=widths)
     for other in run_ranks(on_ranks, run.parallel.model_ranks, run):
         assert other["tokens"] == one["tokens"]
         for (here, is_greedy), (there, was_greedy) in zip(other["scores"], one["scores"], strict=True):

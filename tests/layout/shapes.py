@@ -5,13 +5,20 @@ from __future__ import annotations
 import random
 
 from megatron_hybrid.config.load import load_model
-from megatron_hybrid.config.schema import ModelConfig
+from megatron_hybrid.config.model import ModelConfig
 
 PUBLISHED = ("nemotron-h-8b", "nemotron-h-56b", "nemotron-h-47b", "nemotron-h-4b", "nemotron-3-nano-4b")
 
 
 def preset(name: str) -> ModelConfig:
     return load_model(name)[0]
+
+
+def with_widths(model: ModelConfig, seed: int, unit: int = 1) -> ModelConfig:
+    """The same with another width in every MLP layer, multiples of ``unit``."""
+    draw = random.Random(seed)
+    num_mlp = model.layer_kinds.count("-")
+    return ModelConfig.model_validate(model.model_dump() | {"ffn_hidden_size": draw.sample(range(unit, 100 * unit, unit), num_mlp)})
 
 
 def random_model(seed: int, num_layers: int = 9, tensor: int = 1) -> ModelConfig:

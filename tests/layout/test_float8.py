@@ -55,3 +55,12 @@ def test_only_the_linears_asked_for() -> None:
 def test_a_plan_without_float8_is_refused(tensor: int, choice: Choice, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         plan_float8(preset("nemotron-h-4b"), tensor, choice)
+
+
+def test_a_layer_whose_width_does_not_fit_stays_in_bf16_alone() -> None:
+    model = preset("nemotron-h-8b")
+    narrow = model.model_copy(update={"ffn_hidden_size": (21504,) * 5 + (21496,) + (21504,) * 18})
+    whole, plan = plan_float8(model, 1, Choice()), plan_float8(narrow, 1, Choice())
+    (odd,) = (layer for layer in range(52) if whole[layer] != plan[layer])
+    assert narrow.of_layer(odd).ffn_hidden_size == 21496 and plan[odd] == ()
+    assert unfit_linears(narrow, 1) == {"linear_fc1": (21496, 4096), "linear_fc2": (4096, 21496)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_hybrid.config.schema import ModelConfig
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.layout.flops import head_training_flops, layer_training_flops, training_flops_by_kind, training_flops_per_token
-from tests.layout.shapes import PUBLISHED, preset, random_model
+from tests.layout.shapes import PUBLISHED, preset, random_model, with_widths
 
 
 def general_formula(model: ModelConfig, sequence_length: int) -> int:
@@ -99,3 +99,11 @@ def test_only_attention_depends_on_the_sequence_length() -> None:
     model = preset("nemotron-h-8b")
     short, long = training_flops_by_kind(model, 1024), training_flops_by_kind(model, 8192)
     assert short["M"] == long["M"] and short["-"] == long["-"] and short["*"] < long["*"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_mlp_layer_costs_its_own_width(seed: int) -> None:
+    model = with_widths(random_model(seed), seed)
+    by_kind = training_flops_by_kind(model, 100)
+    assert by_kind.get("-", 0) == 3 * 4 * model.hidden_size * sum(model.ffn_hidden_sizes)
+    assert by_kind.get("M") == training_flops_by_kind(random_model(seed), 100).get("M")

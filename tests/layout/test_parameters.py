@@ -6,15 +6,16 @@ from math import prod
 
 import pytest
 
-from megatron_hybrid.config.schema import ModelConfig
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.layout.parameters import (
     num_embedding_parameters,
     num_head_parameters,
     num_layer_parameters,
     num_parameters,
+    num_parameters_by_kind,
     num_stage_parameters,
 )
-from tests.layout.shapes import preset, random_model
+from tests.layout.shapes import preset, random_model, with_widths
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,23 @@ def test_the_model_is_its_layers_two_padded_embeddings_and_a_norm(seed: int) -> 
     rows = -(-model.vocab_size // model.vocab_divisible_by) * model.vocab_divisible_by
     layers = sum(prod(shape) for kind in model.pattern for shape in tensor_shapes(model, kind, 1))
     assert num_parameters(model) == layers + 2 * rows * model.hidden_size + model.hidden_size
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_mlp_layer_counts_its_own_width(seed: int, tensor: int) -> None:
+    uniform = random_model(seed, tensor=tensor)
+    model = with_widths(uniform, seed, unit=tensor)
+    widths = iter(model.ffn_hidden_sizes)
+    of = [uniform.model_copy(update={"ffn_hidden_size": next(widths) if kind == "-" else 0}) for kind in model.layer_kinds]
+    of_layers = [sum(map(prod, tensor_shapes(of[layer], kind, tensor))) for layer, kind in enumerate(model.layer_kinds)]
+    stages = [(layer, layer + 1) for layer in range(model.num_layers)]
+    counted = list(num_stage_parameters(model, stages, tensor))
+    counted[0] -= num_embedding_parameters(model, tensor)
+    counted[-1] -= num_head_parameters(model, tensor)
+    assert counted == of_layers
+    if tensor == 1:
+        assert sum(num_parameters_by_kind(model).values()) == sum(of_layers)
 
 
 def test_stages_add_up_to_the_model_and_the_ends_hold_embedding_and_head() -> None:

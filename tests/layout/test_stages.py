@@ -6,7 +6,8 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from megatron_hybrid.config.schema import ModelConfig, ParallelConfig
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.schema import ParallelConfig
 from megatron_hybrid.layout.stages import plan_stages, stage_costs
 from tests.layout.shapes import PUBLISHED, preset, random_model
 
@@ -98,3 +99,13 @@ def test_one_rank_holds_all_segments_of_a_marked_pattern() -> None:
 def test_stages_that_do_not_fit_are_refused(pattern: str, parallel: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_stages(with_pattern(pattern), ParallelConfig.model_validate(parallel), SEQUENCE_LENGTH)
+
+
+def test_wide_mlp_layers_take_others_off_their_stage() -> None:
+    """Balance counts each layer's own width: as one number the two halves would be alike."""
+    model = ModelConfig.model_validate(
+        random_model(0).model_dump() | {"pattern": "------", "ffn_hidden_size": [10_000, 10_000, 100, 100, 100, 100], "vocab_size": 1}
+    )
+    stages = plan_stages(model, ParallelConfig(pipeline=2), 64)
+    assert stages == ((0, 1), (1, 6))
+    assert stage_costs(model, stages, 64)[0] == 12 * model.hidden_size * 10_000

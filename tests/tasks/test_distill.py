@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_hybrid.substrate.groups import initialize, shutdown
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from megatron_hybrid.tasks.distill import Distillation, DistillOptions
+from megatron_hybrid.tasks.layer_losses import LayerLossOptions, LayerPair, check_layer_losses
 from megatron_hybrid.train.trainer import Trainer
-from tests.runs import small_run, write_corpus
+from tests.runs import MODEL, small_run, write_corpus
 from tests.train.training import Outcome, Recorder, raised_by, train
 
 TEACHER = {"pattern": "M-*M-M-*", "hidden_size": 80}
@@ -113,6 +115,41 @@ def test_hidden_states_too_in_any_layout(folder: Path, run_ranks) -> None:
     assert 0 < one[1][-1]["hidden"] < one[1][0]["hidden"]
 
 
+LAYER_MODEL = {**STUDENT, "hidden_size": 80}
+LAYER_PAIRS = (LayerPair(0, 0), LayerPair(2, 3, weight=2.0), LayerPair(4, 7, weight=0.5))
+
+
+def test_streams_between_layers_too_in_any_layout(folder: Path, run_ranks) -> None:
+    options = options_for(folder, lm_loss_weight=0.3, layer_loss=LayerLossOptions(LAYER_PAIRS, "mse", weight=3.0))
+    (one,) = run_ranks(distill_run, 1, student_run(folder, "layers-1", model=LAYER_MODEL), options)
+    for name, layout in {"tp2": {"tensor": 2, "recompute": "full"}, "tp2-sp": {"tensor": 2, "sequence_parallel": True}}.items():
+        run = student_run(folder, f"layers-{name}", model=LAYER_MODEL, parallel=layout)
+        for _, metrics in run_ranks(distill_run, 2, run, options):
+            for step, expected in zip(metrics, one[1], strict=True):
+                assert step == pytest.approx(expected, rel=1e-5)
+    for step in one[1]:
+        assert step["loss"] == pytest.approx(step["kl"] + 0.3 * step["lm_loss"] + 3.0 * step["layers"], rel=1e-5)
+    assert 0 < one[1][-1]["layers"] < one[1][0]["layers"]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "pipeline", "message"),
+    [
+        (LayerLossOptions((LayerPair(5, 0),)), {}, 1, "a layer loss names layer 5 of the student, which has layers 0 to 4"),
+        (LayerLossOptions((LayerPair(0, 8),)), {}, 1, "a layer loss names layer 8 of the teacher, which has layers 0 to 7"),
+        (LayerLossOptions(()), {}, 1, "without pairs of layers"),
+        (LayerLossOptions((LayerPair(0, 0, weight=0.0),)), {}, 1, "must be above 0, got 0.0"),
+        (LayerLossOptions(LAYER_PAIRS, weight=-1.0), {}, 1, "must be above 0, got -1.0"),
+        (LayerLossOptions(LAYER_PAIRS), {"hidden_size": 64}, 1, "the teacher's is 80 wide and the student's 64"),
+        (LayerLossOptions(LAYER_PAIRS), {}, 2, "needs parallel.pipeline=1, got 2: losses are made on the last stage"),
+    ],
+)
+def test_layers_that_cannot_be_compared(options: LayerLossOptions, changes: dict, pipeline: int, message: str) -> None:
+    student, teacher = (ModelConfig(**MODEL | model) for model in (LAYER_MODEL | changes, TEACHER))
+    with pytest.raises(ValueError, match=message):
+        check_layer_losses(options, student, teacher, ParallelConfig(pipeline=pipeline))
+
+
 def test_a_student_with_its_teachers_weights_has_nothing_to_learn(folder: Path, run_ranks) -> None:
     options = options_for(folder)
     run = student_run(folder, "oneself", model=TEACHER, checkpoint={"initialize_from": options.teacher})
@@ -121,16 +158,18 @@ def test_a_student_with_its_teachers_weights_has_nothing_to_learn(folder: Path, 
 
 
 def test_resume_is_bitwise_and_another_teacher_is_refused(folder: Path, run_ranks) -> None:
-    options = options_for(folder)
-    ((whole, _),) = run_ranks(distill_run, 1, student_run(folder, "whole"), options)
-    stopped = student_run(folder, "stopped", train={"exit_after_steps": 2})
+    options = options_for(folder, layer_loss=LayerLossOptions((LayerPair(1, 1),), "cosine", 0.5))
+    ((whole, _),) = run_ranks(distill_run, 1, student_run(folder, "whole", model=LAYER_MODEL), options)
+    stopped = student_run(folder, "stopped", model=LAYER_MODEL, train={"exit_after_steps": 2})
     ((first, _),) = run_ranks(distill_run, 1, stopped, options)
     assert len(first.losses) == 2
-    ((rest, _),) = run_ranks(distill_run, 1, student_run(folder, "stopped"), options)
+    ((rest, _),) = run_ranks(distill_run, 1, student_run(folder, "stopped", model=LAYER_MODEL), options)
     assert first.losses + rest.losses == whole.losses
     assert all(torch.equal(rest.weights[name], tensor) for name, tensor in whole.weights.items())
-    (message,) = run_ranks(raised_by, 1, distill_run, student_run(folder, "stopped"), options_for(folder, temperature=2.0))
+    other = replace(options, temperature=2.0, layer_loss=LayerLossOptions((LayerPair(1, 2),), "cosine", 0.5))
+    (message,) = run_ranks(raised_by, 1, distill_run, student_run(folder, "stopped", model=LAYER_MODEL), other)
     assert "distillation.temperature was 1.0, is 2.0" in message
+    assert "distillation.layer_loss.pairs[0].teacher was 1, is 2" in message
 
 
 def test_teachers_that_do_not_fit(folder: Path, run_ranks) -> None:
@@ -139,6 +178,9 @@ def test_teachers_that_do_not_fit(folder: Path, run_ranks) -> None:
     assert "predicts 250 tokens (padded: 256), the student 300 (padded: 384)" in message
     (message,) = run_ranks(raised_by, 1, distill_run, student_run(folder, "bad"), options_for(folder, hidden_loss_weight=1.0))
     assert "the teacher's are 80 wide and the student's 64" in message
+    pairs = LayerLossOptions((LayerPair(0, 8),))
+    (message,) = run_ranks(raised_by, 1, distill_run, student_run(folder, "bad", model=LAYER_MODEL), options_for(folder, layer_loss=pairs))
+    assert "names layer 8 of the teacher" in message
 
 
 def test_bf16_and_float8(folder: Path, run_ranks) -> None:

@@ -14,9 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_hybrid.convert.hub import HubSource
-from megatron_hybrid.convert.megatron import MegatronSource
+from megatron_hybrid.convert.hub_config import hub_from_model
+from megatron_hybrid.convert.job import plan_conversion
+from megatron_hybrid.convert.megatron import MegatronSource, arguments_of
+from megatron_hybrid.convert.native import NativeSource
+from megatron_hybrid.convert.target import Layout
 from tests.convert.checkpoints import random_hub_model, save_hub
 from tools.convert_checkpoint import main
+from tools.minipuzzle.candidate import Candidate
+from tools.minipuzzle.prune import prune
+from tools.minipuzzle.scores import synthetic_scores
 
 KINDS = ("hf", "megatron", "native")
 TOKENS = torch.tensor([[5, 17, 3, 200, 9]])
@@ -144,3 +151,27 @@ def test_help_shows_an_example() -> None:
     assert (
         "python -m tools.convert_checkpoint --from native --to hf" in result.stdout and "exit code: 0 converted and proven" in result.stdout
     )
+
+
+@pytest.mark.parametrize("there", ["hf", "megatron"])
+def test_layers_of_different_widths_are_filled_up_for_formats_with_one(
+    there: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = NativeSource(sources["native"])
+    model = parent.model
+    candidate = Candidate(tuple(range(4)), (40, 48), model.mamba_num_heads, model.mamba_head_dim, model.hidden_size)
+    mixed = prune(parent, candidate, synthetic_scores(model, 0), tmp_path / "mixed")
+    assert main(["--from", "native", "--to", there, str(mixed), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"MLP layers are 40 to 48 wide; {there} has one width, so zeros fill all of them up to 48" in said
+    assert "come back bit for bit" in said and "verdict: passed" in said
+    assert ("logits of 160 tokens" in said) == (there == "hf")
+    assert main(["--from", there, "--to", "native", str(tmp_path / "out"), str(tmp_path / "back"), "--verdict", "bits"]) == 0
+    back, before = NativeSource(tmp_path / "back"), NativeSource(mixed)
+    fc1 = back.read("decoder.layers.1.mlp.linear_fc1.weight")
+    assert back.model.ffn_hidden_size == 48 and torch.equal(fc1[:40], before.read("decoder.layers.1.mlp.linear_fc1.weight"))
+    plan = plan_conversion(before, Layout())
+    with pytest.raises(ValueError, match="has one width for all; fill them up with zeros first"):
+        hub_from_model(plan.model, style="hub", dtype="float32", max_position_embeddings=64, eos_token_id=None)
+    with pytest.raises(ValueError, match="Megatron-LM has one width for all"):
+        arguments_of(plan, 1)

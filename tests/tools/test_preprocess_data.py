@@ -51,7 +51,7 @@ def test_text_to_corpus(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
     assert "complete already, from the same inputs and options; reused" in capsys.readouterr().out
 
 
-def test_mistakes_are_one_line_and_a_failing_exit_code(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("some text")
     good = {"--input": str(tmp_path / "a.txt"), "--tokenizer": str(model), "--output": str(tmp_path / "c")}
     for change, message in [
@@ -61,10 +61,10 @@ def test_mistakes_are_one_line_and_a_failing_exit_code(tmp_path: Path, model: Pa
         ({"--holdout": "2"}, "holdout is the share of documents"),
         ({"--output": "/proc/c"}, "/proc/c"),
     ]:
-        assert preprocess_data.main([word for pair in {**good, **change}.items() for word in pair]) == 1
+        assert preprocess_data.main([word for pair in {**good, **change}.items() for word in pair]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
-    assert train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t.model"), "--vocab-size", "9999"]) == 1
+    assert train_tokenizer.main(["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t.model"), "--vocab-size", "9999"]) == 2
     assert "give more text or another vocabulary size" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt"]
 

@@ -60,6 +60,18 @@ def test_odd_patterns(pattern: str, folder: Path, run_ranks) -> None:
     check(small_run(folder, model=model, parallel={"pipeline": num_stages}), reference, run_ranks)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor": 2, "sequence_parallel": True}, {"pipeline": 2, "recompute": "selective"}, {"tensor": 2, "pipeline": 2}, {"data": 2}],
+    ids=str,
+)
+def test_mlp_layers_of_different_widths(layout: dict, folder: Path, run_ranks) -> None:
+    model = {"ffn_hidden_size": [96, 40]}
+    reference = run_ranks(train_in_layout, 1, small_run(folder, model=model), NUM_STEPS)
+    assert assemble(reference, 1)["decoder.layers.5.mlp.linear_fc1.weight"].shape == (40, 64)
+    check(small_run(folder, model=model, parallel=layout), reference, run_ranks)
+
+
 def check(run: RunConfig, reference: list[RankReport], run_ranks) -> None:
     """Train in the run's layout and compare with one rank's report."""
     world_size = run.parallel.model_ranks * (run.parallel.data or 1)

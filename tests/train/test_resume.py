@@ -12,7 +12,7 @@ import torch
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from tests.runs import small_run, write_corpus
-from tests.train.training import Outcome, train
+from tests.train.training import Outcome, raised_by, train
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,21 @@ def test_resume_in_another_layout(before: dict, after: dict, corpus: Path, tmp_p
     second = make_run(corpus, tmp_path / "parts", parallel=after)
     losses = run_ranks(train, ranks_of(first), first)[0].losses + run_ranks(train, ranks_of(second), second)[0].losses
     np.testing.assert_allclose(losses, whole.losses, rtol=1e-6)
+
+
+def test_mlp_layers_of_different_widths_are_saved_and_cut_anew(corpus: Path, tmp_path: Path, run_ranks) -> None:
+    """And belong to this model alone: another's widths are refused."""
+
+    def run_of(name: str, widths: list[int], parallel: dict, **options: Any) -> RunConfig:
+        run_dir = tmp_path / name
+        return small_run(corpus.parent, run_dir=run_dir, model={"ffn_hidden_size": widths}, parallel=parallel, train=options)
+
+    whole = run_ranks(train, 1, run_of("whole", [96, 40], {}))[0]
+    part = run_ranks(train, 2, run_of("parts", [96, 40], {"tensor": 2}, exit_after_steps=2))[0]
+    (message,) = run_ranks(raised_by, 1, train, run_of("parts", [40, 96], {}))
+    assert "ffn_hidden_size is [96, 40] there and [40, 96] here" in message
+    rest = run_ranks(train, 2, run_of("parts", [96, 40], {"pipeline": 2}))[0]
+    np.testing.assert_allclose(part.losses + rest.losses, whole.losses, rtol=1e-6)
 
 
 def test_stream_goes_on_under_another_batch_size(corpus: Path, tmp_path: Path, run_ranks) -> None:

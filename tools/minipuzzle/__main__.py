@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from megatron_hybrid.substrate.exit_codes import ExitCode
-from tools.minipuzzle.config import MiniPuzzleConfig, load_minipuzzle
+from tools.minipuzzle.config import MiniPuzzleConfig, Stage, load_minipuzzle
 
 _EPILOG = """examples:
   python -m tools.minipuzzle search examples/minipuzzle/nemotron_h_56b.yaml        the paper's search, in seconds, without weights
@@ -28,15 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=list(_VERBS), help="the stage; run: all of them, as far as they are not done")
+    parser.add_argument("verb", choices=[*_VERBS, "run"], help="the stage; run: all of them, as far as they are not done")
     parser.add_argument("config", help="YAML file of the compression")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options that replace the file's, such as search.top_k=2")
+    parser.add_argument("--until", choices=get_args(Stage), help="run: the last stage to do (default: report, with the timing of decoding)")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.until and arguments.verb != "run":
+        parser.error(f"--until means something only with run; drop it, or say run instead of {arguments.verb}")
     from megatron_hybrid.substrate.quiet import silence_known_warnings
 
     silence_known_warnings()
     try:
-        return int(_VERBS[arguments.verb](load_minipuzzle(arguments.config, arguments.overrides)))
+        config = load_minipuzzle(arguments.config, arguments.overrides)
+        return _run(config, arguments.until or "report") if arguments.verb == "run" else _VERBS[arguments.verb](config)
     except Exception as error:
         from megatron_hybrid.substrate.failure import describe_failure
 
@@ -71,10 +76,10 @@ def _distill(config: MiniPuzzleConfig) -> int:
     return distill(config)
 
 
-def _run(config: MiniPuzzleConfig) -> int:
+def _run(config: MiniPuzzleConfig, until: Stage) -> int:
     from tools.minipuzzle.run import run
 
-    return run(config)
+    return run(config, until)
 
 
 def _report(config: MiniPuzzleConfig) -> int:
@@ -90,7 +95,6 @@ _VERBS: dict[str, Callable[[MiniPuzzleConfig], int]] = {
     "search": _search,
     "prune": _prune,
     "distill": _distill,
-    "run": _run,
     "report": _report,
 }
 

@@ -28,21 +28,15 @@ class Candidate:
         return "".join(parent.layer_kinds[layer] for layer in self.layers)
 
     def model(self, parent: ModelConfig) -> ModelConfig:
-        """Its configuration. Where MLP layers differ in width, all have the widest's; the missing neurons are zeros, which stay zeros."""
+        """Its configuration."""
         changes = {
             "pattern": self.pattern(parent),
             "hidden_size": self.hidden_size,
-            "ffn_hidden_size": max(self.ffn_hidden_sizes, default=parent.ffn_hidden_size),
+            "ffn_hidden_size": self.ffn_hidden_sizes or parent.ffn_hidden_size,
             "mamba_num_heads": self.mamba_num_heads,
             "mamba_head_dim": self.mamba_head_dim,
         }
         return ModelConfig.model_validate(parent.model_dump() | changes)
-
-    @property
-    def num_absent_parameters(self) -> int:
-        """Zeros that fill its MLP layers up to the widest."""
-        widest = max(self.ffn_hidden_sizes, default=0)
-        return 2 * self.hidden_size * sum(widest - width for width in self.ffn_hidden_sizes)
 
     @property
     def name(self) -> str:

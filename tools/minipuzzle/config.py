@@ -20,9 +20,11 @@ from megatron_hybrid.config import (
 )
 from megatron_hybrid.config.load import load_section
 from megatron_hybrid.config.quantities import TokenCount
-from megatron_hybrid.config.schema import KernelsConfig, Section
+from megatron_hybrid.config.schema import KernelsConfig
+from megatron_hybrid.config.section import Section
 
 Axis = Literal["layers", "ffn", "mamba", "hidden"]
+Stage = Literal["score", "search", "prune", "distill", "report"]
 
 
 class ScoreConfig(Section):
@@ -133,6 +135,30 @@ class BatchConfig(Section):
     """Working precision of training and of every forward pass."""
 
 
+class LayerLossConfig(Section):
+    """Distillation between layers: residual streams of the parent and of the student, compared where both stand at the same place."""
+
+    kind: Literal["mse", "cosine"] = "cosine"
+    """mse: mean squared difference over the width. cosine: 1 - cosine, blind to length."""
+    weight: float = Field(gt=0)
+    """Weight of the layers' mean beside the distillation loss."""
+    layers: tuple[int, ...] = ()
+    """The parent's layers whose output is compared. One that the student lacks is compared with the student's stream at that place, after
+    the last layer kept before it. Empty: all layers that the student keeps."""
+    layer_weights: tuple[float, ...] = ()
+    """Relative weight of each of ``layers``. Empty: the same for all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerLossConfig:
+        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+            raise ValueError(f"layers={list(self.layers)} must be numbers of the parent's layers, ascending, each once")
+        if self.layer_weights and len(self.layer_weights) != len(self.layers):
+            raise ValueError(f"{len(self.layer_weights)} layer_weights for {len(self.layers)} layers; give one for each, or none")
+        if any(weight <= 0 for weight in self.layer_weights):
+            raise ValueError(f"layer_weights={list(self.layer_weights)} must be above 0; leave out layers that shall not count")
+        return self
+
+
 class DistillConfig(Section):
     """Distillation of the candidates from the parent (forward KL on logits)."""
 
@@ -146,6 +172,8 @@ class DistillConfig(Section):
     """Weight of the next-token loss beside the distillation loss."""
     hidden_loss_weight: float = Field(0.0, ge=0)
     """Weight of 1 - cosine between the last hidden states of student and teacher; they must have one width."""
+    layer_loss: LayerLossConfig | None = None
+    """Compare residual streams between layers too; needs one width and no pipeline stages. Unset: no."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     fp8: Fp8Config = Fp8Config()

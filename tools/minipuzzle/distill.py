@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,9 @@ from megatron_hybrid.config import OptimizerConfig, RunConfig
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
+from megatron_hybrid.tasks.layer_losses import LayerLossOptions, LayerPair
 from tools.minipuzzle.candidate import Candidate
-from tools.minipuzzle.config import DistillConfig
+from tools.minipuzzle.config import DistillConfig, LayerLossConfig
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.parent import Parent
 
@@ -25,13 +27,20 @@ class DistillEntry:
 
     teacher: Path
     options: DistillConfig
+    candidate: Candidate
 
     def __call__(self, run: RunConfig, substrate: Substrate) -> ExitCode:
         """Distil."""
         from megatron_hybrid.distill import distill
         from megatron_hybrid.tasks.distill import DistillOptions
 
-        options = DistillOptions(self.teacher, self.options.temperature, self.options.lm_loss_weight, self.options.hidden_loss_weight)
+        options = DistillOptions(
+            self.teacher,
+            self.options.temperature,
+            self.options.lm_loss_weight,
+            self.options.hidden_loss_weight,
+            None if self.options.layer_loss is None else layer_loss_options(self.options.layer_loss, self.candidate),
+        )
         return distill(run, options, substrate)
 
 
@@ -43,7 +52,7 @@ def train_candidate(parent: Parent, candidate: Candidate, kind: Kind) -> int:
     """
     run = training_run(parent, candidate, kind)
     if kind in ("short", "long"):
-        return run_on_ranks(DistillEntry(parent.weights, distill_options(parent)), run)
+        return run_on_ranks(DistillEntry(parent.weights, distill_options(parent), candidate), run)
     from megatron_hybrid.pretrain import pretrain
 
     return run_on_ranks(pretrain, run)
@@ -86,7 +95,40 @@ def distill_options(parent: Parent) -> DistillConfig:
         raise ValueError("missing option 'distill': give at least distill.short_tokens, distill.long_tokens and distill.optimizer.lr")
     if parent.config.batch is None:
         raise ValueError("missing option 'batch': give batch.global_batch_size")
+    layer_loss, pipeline, num_layers = parent.config.distill.layer_loss, parent.config.parallel.pipeline, parent.model.num_layers
+    if layer_loss is not None and max(layer_loss.layers, default=0) >= num_layers:
+        raise ValueError(
+            f"distill.layer_loss.layers={list(layer_loss.layers)} must be layers of the parent, which has 0 to {num_layers - 1}"
+        )
+    if layer_loss is not None and pipeline > 1:
+        raise ValueError(
+            f"distill.layer_loss needs parallel.pipeline=1, got {pipeline}: losses are made on the last stage, where the streams of "
+            "earlier stages' layers are not; use tensor ranks, or drop it"
+        )
     return parent.config.distill
+
+
+def layer_loss_options(config: LayerLossConfig, candidate: Candidate) -> LayerLossOptions:
+    """Return which of a candidate's layers is compared with which of its parent's: the one that stands at the same place.
+
+    >>> child = Candidate((0, 2, 3, 6), (), 1, 1, 1)
+    >>> options = layer_loss_options(LayerLossConfig(weight=0.5, layers=(2, 5)), child)
+    >>> [(pair.student, pair.teacher) for pair in options.pairs]
+    [(1, 2), (2, 5)]
+
+    Raises:
+        ValueError: nothing is kept up to one of the parent's layers.
+    """
+    layers = config.layers or candidate.layers
+    if layers[0] < candidate.layers[0]:
+        raise ValueError(
+            f"distill.layer_loss.layers names layer {layers[0]}, but {candidate.name} keeps none of the parent's before its layer "
+            f"{candidate.layers[0]}, so that there is nothing to compare; begin there"
+        )
+    weights = config.layer_weights or (1.0,) * len(layers)
+    places = (bisect_right(candidate.layers, layer) - 1 for layer in layers)
+    pairs = tuple(LayerPair(place, layer, weight) for place, layer, weight in zip(places, layers, weights, strict=True))
+    return LayerLossOptions(pairs, config.kind, config.weight)
 
 
 def pruned_checkpoint(directory: Path) -> Path:

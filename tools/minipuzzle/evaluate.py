@@ -22,7 +22,7 @@ from megatron_hybrid.layers.mlp import MlpLayer
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.substrate.context import Substrate
 from tools.minipuzzle.forward import StageForward, activation_replaced
-from tools.minipuzzle.pruning import ABSENT, Selection
+from tools.minipuzzle.pruning import Selection
 
 _ROWS_PER_CHUNK = 512
 
@@ -135,6 +135,6 @@ def _silence(layer: MlpLayer, kept: np.ndarray, substrate: Substrate) -> Callabl
     weight = layer.mlp.linear_fc2.weight
     width = weight.shape[1]
     mask_F = torch.zeros(width * substrate.tensor_size, dtype=weight.dtype)
-    mask_F[torch.from_numpy(kept[kept != ABSENT])] = 1
+    mask_F[torch.from_numpy(kept)] = 1
     own_F = mask_F[substrate.tensor_rank * width :][:width].to(weight.device)
     return lambda activated_LBF: activated_LBF * own_F

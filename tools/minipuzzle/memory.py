@@ -14,7 +14,6 @@ and every sum is linear in the layers, apart from the widest one, so that a sear
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_hybrid.layout.parameters import num_embedding_parameters, num_head_parameters, num_layer_parameters
@@ -82,26 +81,16 @@ def fixed_memory(shape: HybridShape, setting: MemoryConfig) -> MemoryUse:
     inner = {
         MAMBA: mamba_projection_size(shape) + shape.mamba_inner_size,
         ATTENTION: attention_projection_size(shape) + attention_inner_size(shape),
-        MLP: shape.ffn_hidden_size,
+        MLP: max(shape.ffn_hidden_sizes, default=0),
     }
     widest = max((inner[kind] for kind in set(shape.layer_kinds)), default=0)
     tokens = min(setting.prefill_chunk_tokens, setting.context_tokens) * setting.batch_size
     return MemoryUse(weights, activations=tokens * (2 * shape.hidden_size + widest) * setting.activation_bits / 8)
 
 
-def model_memory(shape: HybridShape, setting: MemoryConfig, ffn_hidden_sizes: Sequence[int] | None = None) -> MemoryUse:
-    """Return what a whole model takes.
-
-    Args:
-        shape: the model.
-        setting: bits, context and batch.
-        ffn_hidden_sizes: width of each MLP layer in order, where they are not all ``shape.ffn_hidden_size``.
-    """
+def model_memory(shape: HybridShape, setting: MemoryConfig) -> MemoryUse:
+    """Return what a whole model takes, under the setting's bits, context and batch."""
     total = fixed_memory(shape, setting)
-    for kind in shape.layer_kinds:
-        total += layer_memory(shape, kind, setting)
-    if ffn_hidden_sizes is not None:
-        assert len(ffn_hidden_sizes) == shape.layer_kinds.count(MLP), (ffn_hidden_sizes, shape.layer_kinds)
-        missing = sum(shape.ffn_hidden_size - width for width in ffn_hidden_sizes)
-        total += MemoryUse(weights=-2 * shape.hidden_size * missing * setting.weight_bits / 8)
+    for layer, kind in enumerate(shape.layer_kinds):
+        total += layer_memory(shape.of_layer(layer), kind, setting)
     return total

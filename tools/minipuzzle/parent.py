@@ -103,6 +103,15 @@ class Parent:
         parallel = self.config.parallel.model_copy(update={"sequence_parallel": False, "virtual_pipeline": 1, "stages": None})
         return self.build_run(run_dir, model or self.model, 1, parallel=parallel.model_dump(), optimizer={"lr": 1e-5})
 
+    def timing_run(self, run_dir: Path) -> RunConfig:
+        """Return a run for timing decoding: as generation runs, without deterministic algorithms.
+
+        Raises:
+            ValueError: as ``forward_run``.
+        """
+        run = self.forward_run(run_dir)
+        return run.model_copy(update={"runtime": run.runtime.model_copy(update={"deterministic": False})})
+
     def build_run(self, run_dir: Path, model: ModelConfig, steps: int, **options: Any) -> RunConfig:
         """Return a run over the compression's text, with its batch, layout and device.
 
@@ -137,7 +146,7 @@ def find_parent(config: MiniPuzzleConfig) -> Parent:
     """Return the parent that the compression names.
 
     Raises:
-        ValueError: it is neither a preset, nor a run directory, nor a checkpoint that is sound.
+        ValueError: it is neither a preset, nor a run directory, nor a checkpoint that is sound; or its MLP layers differ in width.
     """
     if config.parent in preset_names():
         return Parent(load_model(config.parent)[0], None, config)
@@ -149,4 +158,10 @@ def find_parent(config: MiniPuzzleConfig) -> Parent:
             f"parent: {config.parent} is neither a run directory, nor a checkpoint, nor a preset ({', '.join(preset_names())})"
         )
     source = NativeSource(path)
+    if not isinstance(source.model.ffn_hidden_size, int):
+        # The grid asks for one width of all MLP layers, and its arithmetic knows one whole width.
+        narrowest, widest = min(source.model.ffn_hidden_size), max(source.model.ffn_hidden_size)
+        raise ValueError(
+            f"parent: the MLP layers of {config.parent} are {narrowest} to {widest} wide; only a parent with one width can be compressed"
+        )
     return Parent(source.model, source.path, config)

@@ -28,10 +28,6 @@ from megatron_hybrid.layout.pattern import MAMBA, MLP
 from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.scores import Scores
 
-ABSENT = -1
-"""Index of a neuron that is not there: zeros. Layers narrower than the widest are filled up with these, which no training changes: a
-neuron whose rows and columns are zero has no activation and no gradient."""
-
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -43,7 +39,7 @@ class Selection:
     hidden: np.ndarray
     """[hidden kept]"""
     neurons: Mapping[int, np.ndarray]
-    """The parent's MLP layer -> [width]; ``ABSENT`` for a neuron of zeros."""
+    """The parent's MLP layer -> [its width]"""
     heads: Mapping[int, np.ndarray]
     """The parent's Mamba layer -> [heads kept], group by group."""
     channels: Mapping[int, np.ndarray]
@@ -56,16 +52,11 @@ def select_parts(parent: ModelConfig, candidate: Candidate, scores: Scores | Non
     Raises:
         ValueError: a width is not whole and was not scored.
     """
-    width = max(candidate.ffn_hidden_sizes, default=0)
     kept_by_mlp = dict(
         zip((layer for layer in candidate.layers if parent.layer_kinds[layer] == MLP), candidate.ffn_hidden_sizes, strict=True)
     )
     neurons = {
-        layer: np.pad(
-            keep_best(_of(scores and scores.neurons.get(layer), parent.ffn_hidden_size, kept, f"neurons of layer {layer}"), kept),
-            (0, width - kept),
-            constant_values=ABSENT,
-        )
+        layer: keep_best(_of(scores and scores.neurons.get(layer), parent.ffn_hidden_size, kept, f"neurons of layer {layer}"), kept)
         for layer, kept in kept_by_mlp.items()
     }
     heads, channels = {}, {}
@@ -120,7 +111,7 @@ def cut_tensor(key: str, tensor: Tensor, selection: Selection, parent: ModelConf
     """
     for axis, kept in enumerate(_kept_along(key, selection, parent)):
         if kept is not None:
-            tensor = _take(tensor, kept, axis)
+            tensor = tensor.index_select(axis, torch.from_numpy(kept))
     return tensor
 
 
@@ -162,14 +153,6 @@ def _kept_along(key: str, selection: Selection, parent: ModelConfig) -> list[np.
         "mixer.norm.weight": [inner],
         "mixer.out_proj.weight": [hidden, inner],
     }[name]
-
-
-def _take(tensor: Tensor, kept: np.ndarray, axis: int) -> Tensor:
-    is_absent = kept == ABSENT
-    taken = tensor.index_select(axis, torch.from_numpy(np.where(is_absent, 0, kept)))
-    if is_absent.any():
-        taken.index_fill_(axis, torch.from_numpy(np.flatnonzero(is_absent)), 0)
-    return taken
 
 
 def _of(scores: np.ndarray | None, size: int, kept: int, what: str) -> np.ndarray:

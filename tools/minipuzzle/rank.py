@@ -61,7 +61,7 @@ def search(config: MiniPuzzleConfig) -> int:
     latency = None
     if config.search.latency.limit_ms is not None:
         if not files.latency.exists():
-            code = run_on_ranks(LatencyEntry(config), parent.forward_run(config.work_dir))
+            code = run_on_ranks(LatencyEntry(config), parent.timing_run(config.work_dir))
             if code or place_from_environment(os.environ).launcher != "plain":
                 # Ranks that a launcher started meet once; the next start finds the times.
                 return code

@@ -22,7 +22,7 @@ from tools.minipuzzle.scores import SYNTHETIC, Scores
 
 _COLORS = {MAMBA: "tab:blue", ATTENTION: "tab:red", MLP: "tab:green"}
 _DROPPED = "#e6e6e6"
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
 img { max-width: 100%; display: block; margin: 0.5em 0 1.5em }
 table { border-collapse: collapse; margin: 0.5em 0 1.5em } th, td { padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #ddd }
@@ -55,7 +55,7 @@ def write_report(parent: Parent) -> Path:
         body.append(_model_table(results))
     if results.speeds:
         body.append(_speed_table(results))
-    page = f'<!doctype html><meta charset="utf-8"><title>MiniPuzzle</title><style>{_STYLE}</style>\n' + "\n".join(body) + "\n"
+    page = f'<!doctype html><meta charset="utf-8"><title>MiniPuzzle</title><style>{STYLE}</style>\n' + "\n".join(body) + "\n"
     files.report.write_text(page, encoding="utf-8")
     return files.report
 
@@ -189,7 +189,7 @@ def _candidate_table(parent: ModelConfig, shown: Sequence[Listed], results: Resu
                 *_quality(after),
             ]
         )
-    return _table("Candidates before and after the short distillation", head, rows)
+    return html_table("Candidates before and after the short distillation", head, rows)
 
 
 def _model_table(results: Results) -> str:
@@ -205,7 +205,7 @@ def _model_table(results: Results) -> str:
         ]
         for each in results.models
     ]
-    return _table("All models on held-out text", head, rows)
+    return html_table("All models on held-out text", head, rows)
 
 
 def _speed_table(results: Results) -> str:
@@ -224,14 +224,15 @@ def _speed_table(results: Results) -> str:
         ]
         for each in results.speeds
     ]
-    return _table("Decoding on this device, one rank, caches full", head, rows)
+    return html_table("Decoding on this device, one rank, caches full", head, rows)
 
 
 def _quality(result: Result | None) -> list[str]:
     return ["", ""] if result is None else [f"{result.loss:.4f}", f"{result.accuracy:.2%}"]
 
 
-def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
+def html_table(caption: str, head: list[str], rows: list[list[str]]) -> str:
+    """A table of text cells."""
     cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     return f"<table><caption>{caption}</caption><tr>{header}</tr>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

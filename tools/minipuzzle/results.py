@@ -27,7 +27,6 @@ class Result:
     name: str
     """The candidate's; empty for the parent."""
     num_parameters: int
-    """Those that are not zeros standing in for neurons."""
     tokens: int
     """Tokens it was trained on after pruning."""
     loss: float
@@ -164,7 +163,7 @@ class ResultEntry:
 
 def measure_speed(parent: Parent, child: ModelConfig) -> int:
     """Time parent and child on this device, on one rank, and add the times to ``results.json``; return the exit code."""
-    run = parent.forward_run(parent.config.work_dir).model_copy(update={"parallel": ParallelConfig()})
+    run = parent.timing_run(parent.config.work_dir).model_copy(update={"parallel": ParallelConfig()})
     return run_on_ranks(SpeedEntry(parent, child), run)
 
 
@@ -235,4 +234,4 @@ def to_subject(kind: ResultKind, candidate: Candidate, parent: ModelConfig, run_
     from megatron_hybrid.convert.native import NativeSource
 
     model, checkpoint = candidate.model(parent), NativeSource(run_dir).path
-    return Subject(kind, candidate.name, model, checkpoint, num_parameters(model) - candidate.num_absent_parameters, tokens)
+    return Subject(kind, candidate.name, model, checkpoint, num_parameters(model), tokens)

@@ -2,7 +2,8 @@
 
     score -> search -> prune the chosen -> distil each for a short while -> distil the best for long, and the baselines -> report
 
-A stage is done when its file is there and was made with the present options; what a person edited in it is kept.
+A stage is done when its file is there and was made with the present options; what a person edited in it is kept. ``until`` ends a plan
+after an earlier stage, so that several plans can share a device and leave the timing of decoding, which wants it alone, for later.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.place import place_from_environment
-from tools.minipuzzle.config import MiniPuzzleConfig
+from tools.minipuzzle.config import MiniPuzzleConfig, Stage
 from tools.minipuzzle.distill import Kind, distill_options, train_candidate, training_run
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.parent import Parent, find_parent
@@ -24,8 +25,8 @@ from tools.minipuzzle.score import score
 from tools.minipuzzle.scores import load_scores, read_json, require_same_checkpoint
 
 
-def run(config: MiniPuzzleConfig) -> int:
-    """Run what is left of the plan; return the exit code of the stage that ended it.
+def run(config: MiniPuzzleConfig, until: Stage = "report") -> int:
+    """Run what is left of the plan up to a stage, that included; return the exit code of the stage that ended it.
 
     Raises:
         ValueError: something does not fit; nothing was lost.
@@ -37,7 +38,7 @@ def run(config: MiniPuzzleConfig) -> int:
         )
     parent = find_parent(config)
     distill_options(parent)
-    return next((code for code in _stages(parent) if code), ExitCode.FINISHED)
+    return next((code for code in _stages(parent, until) if code), ExitCode.FINISHED)
 
 
 def distill(config: MiniPuzzleConfig) -> int:
@@ -114,19 +115,27 @@ def distill_all(parent: Parent) -> Iterator[int | None]:
     yield _measure(parent, [winner], kinds)
 
 
-def _stages(parent: Parent) -> Iterator[int | None]:
+def _stages(parent: Parent, until: Stage) -> Iterator[int | None]:
     config, files = parent.config, WorkFiles(parent.config.work_dir)
     if not _is_done(files.scores, config.score.model_dump(mode="json")):
         print("score", flush=True)
         yield score(config)
+    if until == "score":
+        return
     is_older = files.candidates.exists() and files.candidates.stat().st_mtime_ns < files.scores.stat().st_mtime_ns
     if is_older or not _is_done(files.candidates, config.search.model_dump(mode="json")):
         print("\nsearch", flush=True)
         yield search(config)
+    if until == "search":
+        return
     print("\nprune", flush=True)
     chosen = prune_chosen(parent)
     yield _measure(parent, chosen, [])
+    if until == "prune":
+        return
     yield from distill_all(parent)
+    if until == "distill":
+        return
     results = load_results(files)
     wanted = (config.search.latency.context_tokens, config.search.latency.batch_size)
     if [(each.context_tokens, each.batch_size) for each in results.speeds] != [wanted] * 2:

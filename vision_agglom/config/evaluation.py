@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from megatron_hybrid.config.schema import Section
+from megatron_hybrid.config.section import Section
 
 
 class ZeroShotConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_hybrid.config.schema import Section
+from megatron_hybrid.config.section import Section
 
 
 class ImageSourceConfig(Section):

@@ -113,10 +113,12 @@ def describe_float8(run: RunConfig, device: torch.device) -> list[str]:
         f"float8: {sum(map(len, plan))} of {num_linears} linears, {fp8.format}, {scaling}, {implementation} products; "
         f"the first {fp8.bf16_layers_at_start} and last {fp8.bf16_layers_at_end} layers, embedding and output layer stay in {working}"
     ]
+    # Where MLP layers differ in width, some may fit and others not.
+    where = "" if isinstance(model.ffn_hidden_size, int) else " where it does not fit"
     for name, (rows, columns) in unfit_linears(model, run.parallel.tensor).items():
         if name in fp8.linears:
             at = f"per rank at parallel.tensor={run.parallel.tensor}"
-            lines.append(f"float8: {name} stays in {working}: {rows} x {columns} {at}, not multiples of {DIMENSION_UNIT}")
+            lines.append(f"float8: {name} stays in {working}{where}: {rows} x {columns} {at}, not multiples of {DIMENSION_UNIT}")
     return lines
 
 

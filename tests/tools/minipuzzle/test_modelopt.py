@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.ops.distillation import linear_kl_divergence
+from megatron_hybrid.ops.hidden_states import HIDDEN_STATE_LOSSES
 from megatron_hybrid.substrate.groups import initialize, shutdown
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from tests.runs import small_run
@@ -57,6 +59,32 @@ def losses_of_both(run: RunConfig, temperature: float) -> dict[str, torch.Tensor
         dist.all_reduce(result[name], group=group)
     shutdown(substrate)
     return result
+
+
+def hidden_losses_of_both(run: RunConfig, kind: str) -> tuple[torch.Tensor, ...]:
+    """Per-token losses of hidden states and the student's gradients, ours and theirs; runs on one rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss, MSELoss
+    substrate = initialize(run)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(24, 3, 32, generator=generator) for _ in range(2))
+    token_weights_LB = torch.rand(24, 3, generator=generator)
+    ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
+    of_tokens = HIDDEN_STATE_LOSSES[kind](ours, teacher)
+    criterion = {"mse": MSELoss, "cosine": HiddenStateCosineLoss}[kind](build_transformer_config(run, substrate))
+    their_tokens = criterion(theirs, teacher)[0].t()
+    for losses in (of_tokens, their_tokens):
+        (losses * token_weights_LB).sum().backward()
+    shutdown(substrate)
+    return of_tokens.detach(), their_tokens.detach().contiguous(), ours.grad, theirs.grad
+
+
+@pytest.mark.parametrize("kind", HIDDEN_STATE_LOSSES)
+def test_losses_between_layers_are_modelopts(kind: str, tmp_path, run_ranks) -> None:
+    ((ours, theirs, our_gradient, their_gradient),) = run_ranks(hidden_losses_of_both, 1, small_run(tmp_path), kind)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_minitron_is_registered_in_the_pinned_version(run_ranks) -> None:

@@ -11,17 +11,19 @@ import torch
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.convert.correspondence import correspondences
-from megatron_hybrid.convert.native import NativeSource
+from megatron_hybrid.convert.job import plan_conversion, publish, run_conversion
+from megatron_hybrid.convert.native import NativeSource, NativeTarget
 from megatron_hybrid.convert.target import Layout
+from megatron_hybrid.convert.widen import WidenedSource
 from megatron_hybrid.data.build import build_train_stream
 from megatron_hybrid.substrate.groups import initialize, shutdown
 from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from megatron_hybrid.tasks.frozen import load_frozen_chunks
 from tests.tools.minipuzzle.small import PATTERN, compression
 from tools.minipuzzle.candidate import Candidate
-from tools.minipuzzle.parent import find_parent
+from tools.minipuzzle.parent import Parent, find_parent
 from tools.minipuzzle.prune import PrunedSource, prune
-from tools.minipuzzle.pruning import ABSENT, Selection, cut_tensor, keep_heads, select_parts
+from tools.minipuzzle.pruning import Selection, cut_tensor, keep_heads, select_parts
 from tools.minipuzzle.scores import synthetic_scores
 
 LAYERS = tuple(range(len(PATTERN)))
@@ -43,9 +45,6 @@ def whole(model: ModelConfig) -> Candidate:
 
 def write_selected(parent: NativeSource, selection: Selection, directory: Path) -> None:
     """Prune with parts chosen by hand, instead of by scores."""
-    from megatron_hybrid.convert.job import plan_conversion, publish, run_conversion
-    from megatron_hybrid.convert.native import NativeTarget
-
     candidate = dataclasses.replace(whole(parent.model), layers=selection.layers)
     source = PrunedSource(parent, candidate, selection)
     plan = plan_conversion(source, Layout())
@@ -57,7 +56,8 @@ def logits_of(folder: Path, model_dirs: list[Path]) -> list[np.ndarray]:
     found, substrate = [], None
     for model_dir in model_dirs:
         held_out = {"sources": {"text": folder / "held_out"}}
-        parent = find_parent(compression(folder, parent=str(model_dir), data=text_of(folder), validation=held_out))
+        source = NativeSource(model_dir)
+        parent = Parent(source.model, source.path, compression(folder, data=text_of(folder), validation=held_out))
         run = parent.forward_run(folder / "unused")
         substrate = substrate or initialize(run)
         (chunk,) = load_frozen_chunks(run, parent.weights, build_transformer_config(run, substrate), substrate)
@@ -109,15 +109,26 @@ def test_order_within_groups_changes_no_logits_and_order_across_groups_does(
     assert np.abs(other - expected).max() > 1e-3 * scale
 
 
-def test_absent_neurons_are_those_that_a_narrower_layer_lacks(parent: NativeSource, parent_folder: Path, tmp_path: Path, run_ranks) -> None:
-    """Layers of different widths, filled up with zeros, compute what each would by itself."""
-    scores = synthetic_scores(parent.model, 1)
+def test_layers_of_different_widths_compute_what_they_do_filled_up_with_zeros(
+    parent: NativeSource, parent_folder: Path, tmp_path: Path, run_ranks
+) -> None:
+    candidate = dataclasses.replace(whole(parent.model), ffn_hidden_sizes=(48, 95, 64))
+    mixed = NativeSource(prune(parent, candidate, synthetic_scores(parent.model, 1), tmp_path / "mixed"))
+    assert mixed.model.ffn_hidden_size == (48, 95, 64)
+    assert [mixed.specs[f"decoder.layers.{layer}.mlp.linear_fc1.weight"].shape[0] for layer in MLP_LAYERS] == [48, 95, 64]
+    filled = WidenedSource(mixed)
+    assert filled.model.ffn_hidden_size == 95 and not filled.read(f"decoder.layers.{MLP_LAYERS[0]}.mlp.linear_fc2.weight")[:, 48:].any()
+    plan = plan_conversion(filled, Layout())
+    publish(run_conversion(filled, NativeTarget(plan, tmp_path / "filled"), plan, tmp_path / "filled"), tmp_path / "filled")
+    ((expected, got),) = run_ranks(logits_of, 1, parent_folder, [tmp_path / "filled", tmp_path / "mixed"])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_parent_of_different_widths_is_refused(parent: NativeSource, parent_folder: Path, tmp_path: Path) -> None:
     candidate = dataclasses.replace(whole(parent.model), ffn_hidden_sizes=(48, 96, 64))
-    prune(parent, candidate, scores, tmp_path / "mixed")
-    selection = select_parts(parent.model, candidate, scores)
-    assert [int((selection.neurons[layer] != ABSENT).sum()) for layer in MLP_LAYERS] == [48, 96, 64]
-    fc1, fc2 = (NativeSource(tmp_path / "mixed").read(f"decoder.layers.{MLP_LAYERS[0]}.mlp.linear_fc{n}.weight") for n in (1, 2))
-    assert fc1.shape[0] == 96 and not fc1[48:].any() and not fc2[:, 48:].any() and fc1[:48].any()
+    prune(parent, candidate, synthetic_scores(parent.model, 1), tmp_path / "mixed")
+    with pytest.raises(ValueError, match="are 48 to 96 wide; only a parent with one width can be compressed"):
+        find_parent(compression(parent_folder, parent=str(tmp_path / "mixed")))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -9,7 +9,8 @@ import pytest
 
 from tests.tools.minipuzzle.small import compression
 from tools.minipuzzle.candidate import Candidate
-from tools.minipuzzle.config import MiniPuzzleConfig
+from tools.minipuzzle.config import LayerLossConfig, MiniPuzzleConfig
+from tools.minipuzzle.distill import distill_options, layer_loss_options
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.latency import load_latency
 from tools.minipuzzle.parent import find_parent
@@ -19,6 +20,17 @@ from tools.minipuzzle.run import chosen_candidates, run
 from tools.minipuzzle.scores import load_scores
 
 
+def _last_file(config: MiniPuzzleConfig) -> str:
+    """The last stage whose file is there."""
+    files = WorkFiles(config.work_dir)
+    if files.report.exists():
+        return "report"
+    if (config.work_dir / "scratch").exists():
+        return "distill"
+    pruned = (config.work_dir / "pruned").exists()
+    return "prune" if pruned else "search" if files.candidates.exists() else "score" if files.scores.exists() else ""
+
+
 def run_plan(folder: Path) -> tuple[int, float]:
     """All stages, then again; runs on one rank. Returns the exit code and the time of the second start relative to the first."""
     import os
@@ -26,8 +38,18 @@ def run_plan(folder: Path) -> tuple[int, float]:
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    config = compression(folder, baselines={"scratch": True, "finetune": True})
+    distill = {
+        "short_tokens": 640,
+        "long_tokens": 1280,
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"kind": "constant"},
+        "layer_loss": {"kind": "mse", "weight": 0.1},
+    }
+    config = compression(folder, baselines={"scratch": True, "finetune": True}, distill=distill)
     start_s = time.perf_counter()
+    for until in ("score", "search", "prune", "distill"):
+        assert run(config, until) == 0
+        assert _last_file(config) == until
     code = run(config)
     first_s = time.perf_counter() - start_s
     start_s = time.perf_counter()
@@ -58,6 +80,45 @@ def test_every_stage_leaves_its_file(parent_folder: Path, work: WorkFiles) -> No
         assert f'src="report/{name}.png"' in page and (work.work_dir / f"report/{name}.png").stat().st_size > 5000
     for text in (results.winner, "distilled: loss", "tokens/s"):
         assert text in page
+
+
+def test_the_student_is_compared_with_its_parent_between_layers(work: WorkFiles) -> None:
+    results = load_results(work)
+    lines = (work.run_dir("long", results.winner) / "metrics.jsonl").read_text().splitlines()
+    steps = [record["metrics"] for record in map(json.loads, lines) if "layers" in record.get("metrics", {})]
+    assert steps and all(step["loss"] == pytest.approx(step["kl"] + 0.1 * step["layers"], rel=1e-5) for step in steps)
+
+
+def test_layers_of_parent_and_student_that_stand_at_the_same_place() -> None:
+    child = Candidate((1, 2, 4, 7), (), 8, 8, 32)
+
+    def pairs(**options) -> list[tuple[int, int, float]]:
+        config = LayerLossConfig(weight=1.0, **options)
+        return [(pair.student, pair.teacher, pair.weight) for pair in layer_loss_options(config, child).pairs]
+
+    assert pairs() == [(0, 1, 1.0), (1, 2, 1.0), (2, 4, 1.0), (3, 7, 1.0)]
+    # Layers 3, 5 and 6 are gone: the student's stream at their place is that after the last layer kept before.
+    assert pairs(layers=(3, 6, 7), layer_weights=(1.0, 2.0, 3.0)) == [(1, 3, 1.0), (2, 6, 2.0), (3, 7, 3.0)]
+    with pytest.raises(ValueError, match=r"names layer 0, but .* keeps none of the parent's before its layer 1"):
+        pairs(layers=(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [3, 1]}, "must be numbers of the parent's layers, ascending, each once"),
+        ({"layers": [1, 2], "layer_weights": [1.0]}, "1 layer_weights for 2 layers; give one for each, or none"),
+        ({"layers": [1], "layer_weights": [0.0]}, r"layer_weights=\[0.0\] must be above 0"),
+        ({"layers": [2, 8]}, r"distill.layer_loss.layers=\[2, 8\] must be layers of the parent, which has 0 to 7"),
+        ({"pipeline": 2}, "distill.layer_loss needs parallel.pipeline=1, got 2"),
+    ],
+)
+def test_layer_losses_that_cannot_be(options: dict, message: str, parent_folder: Path) -> None:
+    pipeline = options.get("pipeline", 1)
+    layer_loss = {"weight": 1.0, **{name: value for name, value in options.items() if name != "pipeline"}}
+    distill = {"short_tokens": 640, "long_tokens": 640, "optimizer": {"lr": 1e-3}, "layer_loss": layer_loss}
+    with pytest.raises(ValueError, match=message):
+        distill_options(find_parent(compression(parent_folder, distill=distill, parallel={"pipeline": pipeline})))
 
 
 def test_ranking_is_what_the_pruned_model_does(parent_folder: Path, work: WorkFiles) -> None:

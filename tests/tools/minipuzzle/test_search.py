@@ -59,7 +59,9 @@ def test_memory_counts_every_parameter_and_state() -> None:
     assert use + MemoryUse(weights=5.0) == MemoryUse(use.weights + 5, use.kv_cache, use.ssm_state, use.conv_state, use.activations)
     narrower = SMALL.model_copy(update={"pattern": "-", "ffn_hidden_size": 48})
     whole = SMALL.model_copy(update={"pattern": "-"})
-    assert model_memory(whole, setting, [48]).weights == model_memory(narrower, setting).weights
+    assert model_memory(whole, setting).weights - model_memory(narrower, setting).weights == 2 * 32 * (64 - 48)
+    mixed = SMALL.model_copy(update={"pattern": "--", "ffn_hidden_size": (64, 48)})
+    assert model_memory(mixed, setting).weights == num_parameters(mixed)
 
 
 def test_the_papers_search_gives_a_few_hundred_candidates() -> None:
@@ -87,7 +89,7 @@ def small_search(**options) -> SearchConfig:
 
 
 def memory_gib(candidate: Candidate, search: SearchConfig) -> float:
-    return model_memory(candidate.model(SMALL), search.memory, candidate.ffn_hidden_sizes).total_gib
+    return model_memory(candidate.model(SMALL), search.memory).total_gib
 
 
 def all_choices(width_sets) -> list[Candidate]:

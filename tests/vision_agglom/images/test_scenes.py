@@ -75,7 +75,7 @@ def test_the_tool_makes_labelled_samples_and_packs_folders(tmp_path: Path, capsy
 
 
 def test_the_tool_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_image_shards.main(["folder", str(tmp_path), "--output", str(tmp_path / "x")]) == 1
-    assert make_image_shards.main(["index", str(tmp_path / "none.tar")]) == 1
+    assert make_image_shards.main(["folder", str(tmp_path), "--output", str(tmp_path / "x")]) == 2
+    assert make_image_shards.main(["index", str(tmp_path / "none.tar")]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "no image in it or below" in errors[0] and "none.tar: No such file" in errors[1]
