@@ -155,7 +155,7 @@ class TargetTracker:
     def _count_angles(self, summary_BC: Tensor) -> None:
         mean_C = F.normalize(self._summary_sum_C, dim=0)
         squares_B = angle(summary_BC.float(), mean_C.float().expand_as(summary_BC)).double().square()
-        self._pending_angles_2 += torch.stack([squares_B.sum(), squares_B.new_tensor(float(len(squares_B)))])
+        self._pending_angles_2 += torch.stack([squares_B.sum(), squares_B.new_full((), float(len(squares_B)))])
 
     def _forget_pending(self) -> None:
         self._pending.clear()
