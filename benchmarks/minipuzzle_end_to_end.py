@@ -107,8 +107,8 @@ def run_together(plans: Sequence[list[str]], work_dirs: Sequence[Path], jobs: in
     code = 0
     started_s = time.monotonic()
     try:
-        while (waiting and not code) or running:
-            while waiting and len(running) < jobs and not code:
+        while waiting or running:
+            while waiting and len(running) < jobs:
                 plan, work_dir = waiting.pop(0)
                 running.append((start(plan, work_dir), work_dir))
             time.sleep(_POLL_S)
@@ -116,12 +116,18 @@ def run_together(plans: Sequence[list[str]], work_dirs: Sequence[Path], jobs: in
             for (process, work_dir), goes_on in zip(running, still, strict=True):
                 state = "" if goes_on else f"ended with {process.returncode}: "
                 print(f"{time.monotonic() - started_s:5.0f} s  {work_dir.name}: {state}{last_line(work_dir / 'run.log')}", flush=True)
-                code = code or process.returncode or 0
+                # of a process that a signal ended, what a shell makes of it
+                ended = process.returncode or 0
+                code = code or (128 - ended if ended < 0 else ended)
             running = [each for each, goes_on in zip(running, still, strict=True) if goes_on]
+            if code:
+                break
     finally:
         # Stopped or failed here, the others save and leave.
         for process, _ in running:
             process.terminate()
+        for process, _ in running:
+            process.wait()
     return code
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def linears_of(model: ModelConfig, tensor: int) -> Iterator[tuple[str, int, int,
     hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
     yield "in_proj", (2 * inner + 2 * states + model.mamba_num_heads) // tensor, hidden, kinds.count("M")
     yield "out_proj", hidden, inner // tensor, kinds.count("M")
-    yield "fc1", model.ffn_hidden_size // tensor, hidden, kinds.count("-")
-    yield "fc2", hidden, model.ffn_hidden_size // tensor, kinds.count("-")
+    for width, num_layers in Counter(model.ffn_hidden_sizes).items():
+        yield "fc1", width // tensor, hidden, num_layers
+        yield "fc2", hidden, width // tensor, num_layers
     yield "qkv", (queries + 2 * model.num_kv_heads * model.head_dim) // tensor, hidden, kinds.count("*")
     yield "proj", hidden, queries // tensor, kinds.count("*")
     yield "head", model.padded_vocab_size // tensor, hidden, 1

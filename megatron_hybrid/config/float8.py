@@ -41,7 +41,7 @@ class Fp8Config(Section):
     """Last layers of the whole pattern that stay in the working precision."""
     implementation: Literal["auto", "emulated", "scaled_mm", "cublaslt", "transformer_engine"] = "auto"
     """emulated: fp32 products of float8 numbers, on any device. scaled_mm, cublaslt, transformer_engine: float8 tensor cores through torch,
-    by algorithms pinned for each shape, or through Transformer Engine. auto: emulated on a CPU, cublaslt on a GPU."""
+    cuBLASLt itself, or Transformer Engine. auto: emulated on a CPU, cublaslt on a GPU."""
     telemetry_every_steps: int | None = Field(None, gt=0)
     """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none. On a GPU such a step runs
     beside the CUDA graph and needs a micro-batch's activations once more."""

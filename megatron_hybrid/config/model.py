@@ -36,7 +36,8 @@ class ModelConfig(Section):
     mamba_conv_width: int = Field(4, ge=2)
     """Taps of the depthwise causal convolution."""
     mamba_chunk_size: int | None = Field(None, gt=0)
-    """Chunk length of the CPU's SSD scan, a matter of speed alone; the Triton scan pins its own. Unset: what is fastest on the host."""
+    """Chunk length of the CPU's SSD scan and of mamba_ssm's, a matter of speed alone; the Triton scan pins its own. Unset: what is fastest
+    on the host."""
     vocab_size: int = Field(gt=0)
     """Vocabulary the model predicts; the embedding is padded up to a multiple of vocab_divisible_by."""
     vocab_divisible_by: int = Field(128, gt=0)
@@ -94,7 +95,7 @@ class ModelConfig(Section):
     def _is_one_width_or_one_for_each_mlp(cls, value: object, info: ValidationInfo) -> int | tuple[int, ...]:
         is_list = isinstance(value, (list, tuple))
         widths = tuple(value) if is_list else (value,)
-        if any(type(width) is not int or width < 1 for width in widths):
+        if not widths or any(type(width) is not int or width < 1 for width in widths):
             raise ValueError(f"expected a whole number above 0, or a list of them, got {list(widths) if is_list else value!r}")
         num_mlp = info.data.get("pattern", "").count(MLP)
         if is_list and "pattern" in info.data and len(widths) != num_mlp:

@@ -182,7 +182,7 @@ def cublaslt_product(
     fast: bool,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    """cuBLASLt's, by algorithms pinned for each shape; it adds within the product."""
+    """cuBLASLt's own, which adds within the product."""
     from megatron_hybrid.ops.cublaslt import multiply
 
     scales = {"inverse_a": inverse_a, "inverse_b": inverse_b}

@@ -144,7 +144,8 @@ def cast(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`backends.cast_plain` with a contiguous transpose; x is contiguous along K.
 
-    What an amax makes of NaN is not defined: such a step has no finite loss.
+    [M, K] is written in any case, because the transpose is made from it. What an amax makes of NaN is not defined: such a step has no
+    finite loss.
     """
     assert x_MK.stride(1) == 1, x_MK.stride()
     if into is None:

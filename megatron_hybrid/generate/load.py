@@ -178,8 +178,10 @@ def build_stage(run: RunConfig, substrate: Substrate) -> HybridModel:
     stages = plan_stages(run.model, run.parallel, run.data.sequence_length)
     config, kernels = build_transformer_config(run, substrate), run.kernels
     if substrate.device.type == "cuda" and kernels.attention == "auto":
-        # cuDNN makes a plan for every length that comes, and prompts come in all lengths.
+        # cuDNN makes a plan for every length that comes, and prompts come in all lengths; so does cuBLASLt.
         kernels = kernels.model_copy(update={"attention": "sdpa"})
+    if kernels.linear == "cublaslt":
+        kernels = kernels.model_copy(update={"linear": "cublas"})
     with torch.device(substrate.device):
         model = HybridModel(
             run.model,

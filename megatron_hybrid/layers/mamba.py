@@ -81,7 +81,8 @@ class MambaMixer(torch.nn.Module):
         """Convolution, scan and gated norm over whole sequences: [L, B, in_proj rows] to [L, B, inner]."""
         return self.ops.mamba_core(
             zxBCdt_LBE,
-            self.conv1d.weight.squeeze(1),
+            # The parameter itself, so that its gradient can be added to its buffer.
+            self.conv1d.weight,
             self.conv1d.bias,
             self.A_log,
             self.D,

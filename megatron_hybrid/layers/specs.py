@@ -84,7 +84,9 @@ def _obstacle(name: str, implementation: str, device: torch.device, dtype: torch
             return f"its backward adds in a fixed order on GPUs of compute capability 9 alone and this one has {major}"
         case ("linear", "transformer_engine") | ("ssd" | "mamba_core", "mamba_ssm") if dtype == torch.float32:
             return "it multiplies fp32 numbers in TF32"
-        case "ssd" | "mamba_core", "mamba_ssm" if is_deterministic:
+        case "linear", "cublaslt" if torch.version.hip is not None:
+            return "cuBLASLt is NVIDIA's and this torch is built for AMD's GPUs"
+        case "mamba_core", "mamba_ssm" if is_deterministic:
             return "its backward calls torch.cumsum, which torch refuses to run on a GPU under runtime.deterministic=true"
     return None
 

@@ -29,6 +29,9 @@ _TRANSPOSE_FIRST, _TRANSPOSE_SECOND, _SCALE_FIRST, _SCALE_SECOND, _FAST_ACCUMULA
 """cublasLtMatmulDescAttributes_t"""
 _WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)
 """cublasLtMatmulPreferenceAttributes_t"""
+_STATUSES = {1: "not initialized", 3: "allocation failed", 7: "invalid value", 13: "execution failed", 15: "not supported"}
+"""cublasStatus_t"""
+_WAY_OUT = "kernels.linear=cublas and fp8.implementation=scaled_mm go through torch instead"
 
 
 class Problem(NamedTuple):
@@ -54,11 +57,11 @@ class Problem(NamedTuple):
     alignment: int
 
     def __str__(self) -> str:
-        """What choices are pinned by: types, orientations and sizes; strides do not matter to which algorithm is fast."""
+        """What choices are pinned by: types, orientations, sizes and alignment, but for strides, which change no list of candidates."""
         names = [str(each).removeprefix("torch.") for each in (self.a_type, self.b_type, self.out_type)]
         orientation = "".join("n" if by_rows else "t" for by_rows in (self.a_by_rows, self.b_by_rows))
         flags = (" accumulate" if self.accumulate else "") + (" fast" if self.fast else "")
-        return f"{names[0]} {names[1]} {names[2]} {orientation} {self.m}x{self.n}x{self.k}{flags}"
+        return f"{names[0]} {names[1]} {names[2]} {orientation} {self.m}x{self.n}x{self.k} {self.alignment}{flags}"
 
 
 def multiply(
@@ -165,19 +168,19 @@ class Products:
         """What choices are valid for: another version of the library, or another kind of GPU, makes other lists."""
         self._choices = pinned_choices().get(self.host, {})
         self._plans: dict[Problem, Plan] = {}
-        self._workspaces: dict[int, Tensor] = {}
 
     def plan(self, problem: Problem) -> Plan:
         """The plan for a problem, whose last candidate is the pinned choice."""
         if problem not in self._plans:
-            self._plans[problem] = Plan(self, problem, 1 + self._choices.get(str(problem), 0))
+            choice = self._choices.get(str(problem), 0)
+            plan = Plan(self, problem, 1 + choice)
+            if len(plan.candidates) <= choice:
+                raise RuntimeError(
+                    f"cublaslt_choices.json pins algorithm {choice} for {problem} under {self.host}, where there are "
+                    f"{len(plan.candidates)}; make it anew with benchmarks/products.py"
+                )
+            self._plans[problem] = plan
         return self._plans[problem]
-
-    def workspace(self, stream: int) -> Tensor:
-        """One per stream: what runs on one stream runs in turn."""
-        if stream not in self._workspaces:
-            self._workspaces[stream] = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", self.device))
-        return self._workspaces[stream]
 
 
 class Plan:
@@ -199,9 +202,7 @@ class Plan:
         self._layouts = self._lay_out()
         self.candidates = self._ask(num_candidates)
         if not self.candidates:
-            raise RuntimeError(
-                f"cuBLASLt has no algorithm for the product {problem} with operands at multiples of {problem.alignment} bytes"
-            )
+            raise RuntimeError(f"cuBLASLt has no algorithm for the product {problem}; {_WAY_OUT}")
 
     def run(
         self, candidate: Heuristic, a_MK: Tensor, b_NK: Tensor, out_MN: Tensor, inverse_a: Tensor | None, inverse_b: Tensor | None
@@ -212,6 +213,8 @@ class Plan:
         stream = torch.cuda.current_stream(self.products.device).cuda_stream
         first, second, result = self._layouts
         out = c_void_p(out_MN.data_ptr())
+        # Back with torch when this returns, for what comes after it on the stream.
+        workspace = out_MN.new_empty(candidate.workspace_bytes, dtype=torch.uint8)
         self._check(
             self._library.cublasLtMatmul(
                 self.products.handle,
@@ -227,8 +230,8 @@ class Plan:
                 out,
                 result,
                 byref(candidate),
-                c_void_p(self.products.workspace(stream).data_ptr()),
-                c_size_t(WORKSPACE_BYTES),
+                c_void_p(workspace.data_ptr()),
+                c_size_t(candidate.workspace_bytes),
                 c_void_p(stream),
             )
         )
@@ -279,7 +282,8 @@ class Plan:
 
     def _check(self, status: int) -> None:
         if status != 0:
-            raise RuntimeError(f"cuBLASLt answered status {status} to the product {self.problem}")
+            meaning = _STATUSES.get(status, "unknown")
+            raise RuntimeError(f"cuBLASLt answered status {status} ({meaning}) to the product {self.problem}; {_WAY_OUT}")
 
 
 @cache

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 
 @cache
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is there with its torch part, whose module can be found only once Transformer Engine has loaded it."""
+    """Whether Transformer Engine is there and loads with its torch part; asked of the module, because builds name their packages as they
+    like."""
     try:
-        return bool(version("transformer_engine_torch"))
-    except PackageNotFoundError:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError):
         return False
+    return True

@@ -34,7 +34,7 @@ def mamba_core_reference(
 
     Args:
         zxBCdt_LBE: the projection, E = I + C + H wide: gate z [I], convolved channels x [I], B and C [G N each], step sizes dt [H].
-        conv_weight_CW, conv_bias_C: as `causal_conv1d_reference` takes them, C = I + 2 G N.
+        conv_weight_CW, conv_bias_C: as `causal_conv1d_reference` takes them, C = I + 2 G N; the weight also as Conv1d keeps it, [C, 1, W].
         A_log_H, D_H, dt_bias_H: as `ssd_reference` takes them; I = H P.
         norm_weight_I: weight of the norm over G groups of channels.
         num_groups: G, of B and C and of the norm. eps: of the norm.
@@ -129,7 +129,7 @@ def _compose(
     num_heads, inner = A_log_H.shape[0], norm_weight_I.shape[0]
     sizes, conv_sizes = projection_sizes(zxBCdt_LBE.shape[-1], conv_weight_CW.shape[0], num_heads, inner, num_groups)
     z_BLI, xBC_BLC, dt_BLH = zxBCdt_LBE.transpose(0, 1).split(sizes, dim=-1)
-    xBC_BLC, _ = causal_conv1d(xBC_BLC, conv_weight_CW, conv_bias_C, segment_ids_BL=segment_ids_BL)
+    xBC_BLC, _ = causal_conv1d(xBC_BLC, conv_weight_CW.flatten(1), conv_bias_C, segment_ids_BL=segment_ids_BL)
     x_BLI, B_BLS, C_BLS = xBC_BLC.split(conv_sizes, dim=-1)
     x_BLHP, B_BLGN, C_BLGN = (
         x_BLI.unflatten(-1, (num_heads, -1)),

@@ -230,7 +230,7 @@ class Trainer:
         path = self.run.checkpoint.initialize_from
         check_header(read_header(path), model=self.task.architecture())
         self._take_weights(load(path, {"model": self._sharded_model()}, group=self.substrate.control_group)["model"])
-        # The fp32 masters were made from the random weights; make them anew.
+        # The fp32 masters were made from what stood in the weights before.
         self.optimizer.reload_model_params()
         _log.info("initialised the weights from %s", path)
 

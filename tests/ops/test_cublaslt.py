@@ -29,7 +29,7 @@ def test_a_problem_says_how_its_matrices_lie(a_by_rows: bool, b_by_rows: bool) -
     assert (problem.a_by_rows, problem.a_stride) == (a_by_rows, 8 if a_by_rows else 6)
     assert (problem.b_by_rows, problem.b_stride, problem.out_stride) == (b_by_rows, 8 if b_by_rows else 10, 12)
     orientation = ("n" if a_by_rows else "t") + ("n" if b_by_rows else "t")
-    assert str(problem) == f"bfloat16 bfloat16 float32 {orientation} 6x10x8 accumulate"
+    assert str(problem) == f"bfloat16 bfloat16 float32 {orientation} 6x10x8 {problem.alignment} accumulate"
 
 
 def test_the_alignment_is_what_divides_every_address() -> None:
@@ -91,5 +91,5 @@ def test_every_candidate_computes_the_same_product_and_repeats_it_bitwise() -> N
 def test_what_cannot_be_multiplied_is_named() -> None:
     a = torch.zeros(16, 24, device="cuda").to(torch.float8_e4m3fn)
     one = torch.ones((), device="cuda")
-    with pytest.raises(RuntimeError, match="float8_e4m3fn float8_e4m3fn bfloat16 nn 16x16x24"):
+    with pytest.raises(RuntimeError, match="float8_e4m3fn float8_e4m3fn bfloat16 nn 16x16x24.*scaled_mm"):
         multiply(a, a, out_dtype=torch.bfloat16, inverse_a=one, inverse_b=one)

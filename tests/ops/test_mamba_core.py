@@ -131,3 +131,22 @@ def test_sizes_that_do_not_add_up_are_refused(device: str, core: Callable) -> No
     inputs["zxBCdt_LBE"] = inputs["zxBCdt_LBE"][..., :-1]
     with pytest.raises(ValueError, match="a projection 195 wide does not hold z \\[64\\], x, B and C \\[128\\] in 2 groups and dt \\[4\\]"):
         core(**inputs, num_groups=2, eps=1e-5)
+
+
+def test_gradients_of_its_small_weights_go_to_their_buffers(device: str) -> None:
+    """As a layer calls it: parameters, the convolution's with the axis that Conv1d has."""
+    inputs = on(device, make_inputs())
+    inputs["conv_weight_CW"] = inputs["conv_weight_CW"].unsqueeze(1)
+    projection, weights = inputs.pop("zxBCdt_LBE"), {name: torch.nn.Parameter(tensor) for name, tensor in inputs.items()}
+    options = {"num_groups": 2, "eps": 1e-5}
+    expected = torch.autograd.grad(mamba_core_reference(projection, **weights, **options).square().sum(), list(weights.values()))
+    for weight in weights.values():
+        weight.main_grad = torch.ones_like(weight, requires_grad=False)
+    for _ in range(2):
+        mamba_core_triton(projection, **weights, **options, chunk_length=16).square().sum().backward()
+        for weight in weights.values():
+            # as the data-parallel wrapper's hook does
+            weight.grad = None
+    for (name, weight), gradient in zip(weights.items(), expected, strict=True):
+        assert weight.grad_added_to_main_grad, name
+        torch.testing.assert_close(weight.main_grad.detach(), 1 + 2 * gradient, rtol=1e-3, atol=1e-3)

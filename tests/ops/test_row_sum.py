@@ -8,12 +8,12 @@ import torch
 from megatron_hybrid.ops.triton.row_sum import gradient_from_parts
 
 
-@pytest.mark.parametrize("shape", [(5,), (70,), (33, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (70,), (33, 4), (33, 1, 4)], ids=str)
 @pytest.mark.parametrize("num_parts", [1, 64, 131])
 def test_parts_add_up_to_the_gradient_or_into_the_buffer(device: str, shape: tuple[int, ...], num_parts: int) -> None:
     weight = torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
     # as a kernel leaves them: more rows than are asked for
-    parts_XAB = torch.randn(num_parts, (shape[1] if len(shape) == 2 else 1) + 1, shape[0], device=device)[:, :-1]
+    parts_XAB = torch.randn(num_parts, (shape[-1] if len(shape) > 1 else 1) + 1, shape[0], device=device)[:, :-1]
     expected = parts_XAB.double().sum(0).t().reshape(shape)
     plain = gradient_from_parts(weight, parts_XAB)
     assert plain.dtype == torch.bfloat16

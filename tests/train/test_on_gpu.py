@@ -126,6 +126,10 @@ def test_other_libraries_kernels_train_alike(
         pytest.skip(f"{package} is not installed")
     write_corpus(tmp_path / "text", num_documents=400)
     runs = [gpu_run(tmp_path, name, kernels=choice, deterministic=deterministic) for name, choice in (("ours", {}), ("theirs", kernels))]
-    (ours, _), (theirs, watch) = (run_ranks(train_watched, 1, run, timeout_s=280)[0] for run in runs)
+    (ours, our_watch), (theirs, watch) = (run_ranks(train_watched, 1, run, timeout_s=280)[0] for run in runs)
     assert watch.captured == [False, True, True]
     assert theirs.losses == pytest.approx(ours.losses, rel=5e-3)
+    # of all gradients together, before the update has moved the weights apart
+    assert watch.grad_norms[0] == pytest.approx(our_watch.grad_norms[0], rel=5e-3)
+    for ours_of, theirs_of in zip(ours.optimizer, theirs.optimizer, strict=True):
+        assert ours_of.count_nonzero() == 0 or theirs_of.count_nonzero() > 0, "a weight that got a gradient got none"

@@ -30,7 +30,7 @@ def mamba_core(
 
     Raises ValueError: the sizes do not add up, the groups divide neither heads nor channels, or causal_conv1d takes no such convolution.
     """
-    num_heads, inner = A_log_H.shape[0], norm_weight_I.shape[0]
+    num_heads, inner, conv_weight_CW = A_log_H.shape[0], norm_weight_I.shape[0], conv_weight_CW.flatten(1)
     check_heads(num_heads, num_groups)
     check_groups(inner, num_groups)
     # The convolved channels stand behind the gate's, and are read where they stand.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -110,13 +111,19 @@ def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch
     if block_p <= 64 and block_n <= 128:
         return ScanLaunch(128, 128, walk, walk, OutputLaunch(64, 16, 4, 2), SourceLaunch(64, 8, 2), ProductLaunch(8, 3))
     if block_n <= 128:
+        # Each block of positions reads all the chunk's B; GPUs for desktops and inference have 100 KiB for it.
+        output = OutputLaunch(128, 16, 8, 2) if shared_memory_bytes() >= 160 * 1024 else OutputLaunch(64, 8, 4, 2)
         narrow = WalkLaunch(block_p=16, block_n=block_n, num_warps=2, num_stages=3)
-        return ScanLaunch(
-            128, 64, replace(walk, num_warps=2), narrow, OutputLaunch(128, 16, 8, 2), SourceLaunch(64, 4, 2), ProductLaunch(4, 2)
-        )
+        return ScanLaunch(128, 64, replace(walk, num_warps=2), narrow, output, SourceLaunch(64, 4, 2), ProductLaunch(4, 2))
     # two stages of the widest states do not fit the shared memory
     num_stages = 2 if block_p * block_n <= 128 * 128 else 1
     return ScanLaunch(128, 64, walk, walk, OutputLaunch(64, 8, 4, 2), SourceLaunch(64, 4, num_stages), ProductLaunch(8, num_stages))
+
+
+@cache
+def shared_memory_bytes() -> int:
+    """What a program may take on the GPU at hand; Hopper's without one, for those who compile for it elsewhere."""
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin if torch.cuda.is_available() else 227 * 1024
 
 
 def block_size(size: int) -> int:

@@ -84,7 +84,7 @@ class _MambaCore(torch.autograd.Function):
     ) -> Tensor:
         zxBCdt_LBE = with_dense_rows(zxBCdt_LBE)
         z_BLI, xBC_BLC, dt_BLH = zxBCdt_LBE.transpose(0, 1).split(settings.sizes, dim=-1)
-        convolved_BLC = _convolve(xBC_BLC, conv_weight_CW, conv_bias_C, document_BL)
+        convolved_BLC = _convolve(xBC_BLC, conv_weight_CW.flatten(1), conv_bias_C, document_BL)
         scan = _scan(convolved_BLC, dt_BLH, A_log_H, D_H, dt_bias_H, document_BL, settings)
         y_BLI = _scan_outputs(scan, settings.launch)
         out_LBI = torch.empty_like(y_BLI.transpose(0, 1))
@@ -111,7 +111,7 @@ class _MambaCore(torch.autograd.Function):
         dzxBCdt_LBE = torch.empty_like(zxBCdt_LBE, memory_format=torch.contiguous_format)
         dz_BLI, dxBC_BLC, ddt_BLH = dzxBCdt_LBE.transpose(0, 1).split(settings.sizes, dim=-1)
 
-        convolved_BLC = _convolve(xBC_BLC, conv_weight_CW, conv_bias_C, document_BL)
+        convolved_BLC = _convolve(xBC_BLC, conv_weight_CW.flatten(1), conv_bias_C, document_BL)
         scan = _scan(convolved_BLC, dt_BLH, A_log_H, D_H, dt_bias_H, document_BL, settings)
         if y_BLI is None:
             y_BLI = _scan_outputs(scan, settings.launch)
@@ -125,7 +125,7 @@ class _MambaCore(torch.autograd.Function):
             scan, dy_BLI.unflatten(-1, scan.x_BLHP.shape[2:]), None, gradients, settings.launch
         )
         dconv_weight_XWC, dconv_bias_X1C, _ = conv_backward(
-            xBC_BLC, conv_weight_CW, conv_bias_C, document_BL, None, dconvolved_BLC, dxBC_BLC
+            xBC_BLC, conv_weight_CW.flatten(1), conv_bias_C, document_BL, None, dconvolved_BLC, dxBC_BLC
         )
         return (
             dzxBCdt_LBE,

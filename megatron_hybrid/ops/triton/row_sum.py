@@ -42,7 +42,7 @@ def _add_sums_kernel(
 
 
 def gradient_from_parts(weight: Tensor, parts_XAB: Tensor) -> Tensor:
-    """The gradient of a weight [B], or [B, A], that is the sum over X of parts [X, A, B], A being 1 for a vector.
+    """The gradient of a weight [B], [B, A] or [B, 1, A] that is the sum over X of parts [X, A, B], A being 1 for a vector.
 
     Args:
         weight: the parameter.
@@ -55,7 +55,7 @@ def gradient_from_parts(weight: Tensor, parts_XAB: Tensor) -> Tensor:
         return parts_XAB.sum(0).t().reshape(weight.shape).to(weight.dtype)
     num_parts, num_rows, num_columns = parts_XAB.shape
     out = weight.main_grad
-    out_strides = (0, out.stride(0)) if out.dim() == 1 else (out.stride(1), out.stride(0))
+    out_strides = (0 if out.dim() == 1 else out.stride(-1), out.stride(0))
     _add_sums_kernel[(num_rows, triton.cdiv(num_columns, _BLOCK_B))](
         parts_XAB,
         out,
