@@ -124,15 +124,17 @@ def problem_of(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor, *, accumulate: bool, 
 
 def _dense(x_MK: Tensor) -> Tensor:
     """The matrix, or a copy of one with holes or repetitions in both directions."""
-    rows, columns = x_MK.shape
-    by_rows = x_MK.stride(1) == 1 and (rows == 1 or x_MK.stride(0) >= columns)
-    by_columns = x_MK.stride(0) == 1 and (columns == 1 or x_MK.stride(1) >= rows)
-    return x_MK if by_rows or by_columns else x_MK.contiguous()
+    return x_MK if _is_by_rows(x_MK) or _is_by_rows(x_MK.t()) else x_MK.contiguous()
+
+
+def _is_by_rows(x_MK: Tensor) -> bool:
+    """Whether rows are contiguous and lie apart."""
+    return x_MK.stride(1) == 1 and (x_MK.shape[0] == 1 or x_MK.stride(0) >= x_MK.shape[1])
 
 
 def _orientation(x_MK: Tensor) -> tuple[bool, int]:
     """Whether a matrix is contiguous along its rows, and the stride between them, or else between its columns."""
-    if x_MK.stride(1) == 1 and (x_MK.shape[0] == 1 or x_MK.stride(0) >= x_MK.shape[1]):
+    if _is_by_rows(x_MK):
         return True, max(x_MK.stride(0), x_MK.shape[1])
     assert x_MK.stride(0) == 1, x_MK.stride()
     return False, max(x_MK.stride(1), x_MK.shape[0])
@@ -198,7 +200,8 @@ class Plan:
     def __init__(self, products: Products, problem: Problem, num_candidates: int) -> None:
         self.products, self.problem, self._library = products, problem, products.library
         self._one, self._keep = c_float(1.0), c_float(float(problem.accumulate))
-        self._descriptor = self._describe()
+        self._descriptor = c_void_p()
+        self._describe()
         self._layouts = self._lay_out()
         self.candidates = self._ask(num_candidates)
         if not self.candidates:
@@ -236,17 +239,15 @@ class Plan:
             )
         )
 
-    def _describe(self) -> c_void_p:
-        descriptor, problem = c_void_p(), self.problem
-        self._check(self._library.cublasLtMatmulDescCreate(byref(descriptor), _COMPUTE_32F, _SCALE_32F))
-        self._descriptor = descriptor
+    def _describe(self) -> None:
+        problem = self.problem
+        self._check(self._library.cublasLtMatmulDescCreate(byref(self._descriptor), _COMPUTE_32F, _SCALE_32F))
         self._set(_TRANSPOSE_FIRST, c_int(problem.b_by_rows))
         self._set(_TRANSPOSE_SECOND, c_int(not problem.a_by_rows))
         if problem.a_type.itemsize == 1:
             self._set(_FAST_ACCUMULATION, c_int8(problem.fast))
             # The heuristic wants to know that there are scales; each run brings its own.
             self._set_scales(16, 16)
-        return descriptor
 
     def _lay_out(self) -> tuple[c_void_p, c_void_p, c_void_p]:
         m, n, k = self.problem[:3]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.ops import cublaslt
-from megatron_hybrid.ops.main_grad import add_product, has_main_grad, mark_added
+from megatron_hybrid.ops.main_grad import gradient_from_product
 from megatron_hybrid.ops.product import Multiply, multiply_torch
 
 
@@ -22,12 +22,7 @@ class _AccumulatingLinear(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         dy_MO, x_MI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = ctx.multiply(dy_MO, weight_OI.t()).view(x.shape) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None
-        if not has_main_grad(weight_OI):
-            return dx, ctx.multiply(dy_MO.t(), x_MI.t()), None
-        add_product(weight_OI, dy_MO, x_MI, ctx.multiply)
-        return dx, mark_added(weight_OI), None
+        return dx, gradient_from_product(weight_OI, dy_MO, x_MI, ctx.multiply) if ctx.needs_input_grad[1] else None, None
 
 
 def linear_cublas(x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -21,6 +21,14 @@ def add_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor, multiply: Multip
     multiply(dy_MO.t(), x_MI.t(), out=weight_OI.main_grad, accumulate=True)
 
 
+def gradient_from_product(weight_OI: Tensor, dy_MO: Tensor, x_MI: Tensor, multiply: Multiply = multiply_torch) -> Tensor:
+    """What autograd gets for a linear's weight: ``dy.T @ x``, or the placeholder for it where the product was added to ``main_grad``."""
+    if not has_main_grad(weight_OI):
+        return multiply(dy_MO.t(), x_MI.t())
+    add_product(weight_OI, dy_MO, x_MI, multiply)
+    return mark_added(weight_OI)
+
+
 def mark_added(weight: Tensor) -> Tensor:
     """Tell the wrapper that main_grad already holds this micro-batch's gradient; return what autograd gets in the gradient's place.
 

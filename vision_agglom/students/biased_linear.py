@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_hybrid.ops.main_grad import add_product, has_main_grad, mark_added
+from megatron_hybrid.ops.main_grad import gradient_from_product
 
 
 class _BiasedLinear(torch.autograd.Function):
@@ -23,12 +23,7 @@ class _BiasedLinear(torch.autograd.Function):
         dy_MO = dy.reshape(-1, dy.shape[-1])
         dx = (dy_MO @ weight_OI).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None
         dbias_O = dy_MO.sum(0) if ctx.needs_input_grad[2] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None, dbias_O
-        if not has_main_grad(weight_OI):
-            return dx, dy_MO.t() @ x_MI, dbias_O
-        add_product(weight_OI, dy_MO, x_MI)
-        return dx, mark_added(weight_OI), dbias_O
+        return dx, gradient_from_product(weight_OI, dy_MO, x_MI) if ctx.needs_input_grad[1] else None, dbias_O
 
 
 def biased_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
