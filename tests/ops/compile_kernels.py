@@ -2,8 +2,9 @@
 
     TRITON_INTERPRET=0 python -m tests.ops.compile_kernels HEADS HEAD_DIM GROUPS STATE
 
-Prints a JSON object per kernel: registers and bytes of spills a thread, bytes of shared memory, and how many wgmma instructions. The
-interpreter runs what a compiler may refuse, and knows no registers.
+Prints a JSON object per kernel: its warps, registers and bytes of spills a thread, bytes of shared memory, and how many instructions of
+the tensor cores (wgmma takes a warpgroup, which is four warps; mma any warp). The interpreter runs what a compiler may refuse, and knows
+no registers.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ def compile_for_hopper(kernel: JITFunction, arguments: dict[str, Any], options: 
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
         "kernel": kernel.fn.__name__,
+        "warps": compiled.metadata.num_warps,
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
         "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", report)[1]),
         "shared_bytes": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "mma": compiled.asm["ptx"].count("mma.sync"),
     }
 
 
