@@ -1,9 +1,7 @@
-"""Output layer and loss for GPUs: a chunk of tokens' logits at a time, turned into their own gradient in place by one kernel.
+"""Output layer and cross-entropy for GPUs (`linear_loss`): a chunk's logits turned into their own gradient in place by one kernel.
 
-Per chunk: logits = hidden W^T (bf16); one pass over each row for its maximum and sum of exponentials, one that overwrites the row with
-weight * (softmax - one_hot); then dhidden = dlogits W, and dW is added to the weight's fp32 buffer by the product. The logits of the whole
-batch never exist, and nothing is recomputed in backward. With a divided vocabulary the two passes are two kernels, and the ranks agree on
-the rows' sums between them.
+One pass over each row for its maximum and sum of exponentials, one that overwrites the row with weight * (softmax - one_hot). With a
+divided vocabulary the two passes are two kernels, and the ranks agree on the rows' sums between them.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_hybrid.ops.cross_entropy import LOG2_E, check_labels
-from megatron_hybrid.ops.main_grad import add_product, has_main_grad, mark_added
+from megatron_hybrid.ops.triton.linear_loss import chunked_linear_loss
 
 _BLOCK_V = 8192
 _NUM_WARPS = 16
@@ -108,9 +106,9 @@ def _gradient_kernel(
 
 
 def _loss_and_gradient(
-    logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor, vocab_size: int, group: dist.ProcessGroup | None, wants_gradient: bool
+    logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, vocab_size: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Each token's loss, fp32; if wanted, the logits are overwritten with their gradient."""
+    """Each token's loss, fp32; with weights, the logits are overwritten with their gradient."""
     num_rows, num_columns = logits_NV.shape
     divided = group is not None and group.size() > 1
     first = group.rank() * num_columns if divided else 0
@@ -127,7 +125,7 @@ def _loss_and_gradient(
             num_valid,
             num_columns,
             logits_NV.stride(0),
-            WANTS_GRADIENT=wants_gradient,
+            WANTS_GRADIENT=weights_N is not None,
             **constants,
         )
         return losses_N
@@ -140,60 +138,11 @@ def _loss_and_gradient(
     dist.all_reduce(statistics_3N[1:], group=group)
     _, total_N, label_logit_N = statistics_3N
     log2_total_N = maximum_N + total_N.log2()
-    if wants_gradient:
+    if weights_N is not None:
         _gradient_kernel[(num_rows,)](
             logits_NV, labels_N, weights_N, log2_total_N, first, num_valid, num_columns, logits_NV.stride(0), **constants
         )
     return (log2_total_N - label_logit_N) / LOG2_E
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight_VD: Tensor,
-        labels: Tensor,
-        token_weights: Tensor,
-        vocab_size: int,
-        group: dist.ProcessGroup | None,
-        num_rows_per_chunk: int,
-        wants_gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
-        hidden_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        weights_N = token_weights.reshape(-1).float()
-        losses_N = torch.empty(labels_N.shape, dtype=torch.float32, device=hidden.device)
-        dhidden_ND = torch.empty_like(hidden_ND) if wants_gradients else None
-        into_main_grad = wants_gradients and has_main_grad(weight_VD)
-        dweight_VD = None
-        if wants_gradients and not into_main_grad:
-            dweight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
-        for start in range(0, labels_N.shape[0], num_rows_per_chunk):
-            rows = slice(start, start + num_rows_per_chunk)
-            logits_NV = hidden_ND[rows] @ weight_VD.t()
-            losses_N[rows] = _loss_and_gradient(logits_NV, labels_N[rows], weights_N[rows], vocab_size, group, wants_gradients)
-            if not wants_gradients:
-                continue
-            torch.mm(logits_NV, weight_VD, out=dhidden_ND[rows])
-            if into_main_grad:
-                add_product(weight_VD, logits_NV, hidden_ND[rows])
-            else:
-                dweight_VD += logits_NV.t() @ hidden_ND[rows]
-        ctx.into_main_grad = into_main_grad
-        if wants_gradients:
-            ctx.save_for_backward(dhidden_ND.view(hidden.shape), weight_VD if into_main_grad else dweight_VD.to(weight_VD.dtype))
-        losses = losses_N.view(labels.shape)
-        ctx.mark_non_differentiable(losses)
-        return (losses_N * weights_N).sum(), losses
-
-    @staticmethod
-    def backward(ctx, dsum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, weight_or_gradient = ctx.saved_tensors
-        if ctx.into_main_grad:
-            # main_grad took the weight's gradient in forward, when this factor was not known yet.
-            torch._assert_async(dsum == 1, "the loss sum must enter the backward pass with gradient 1")
-            return dhidden, mark_added(weight_or_gradient), None, None, None, None, None, None
-        return (dhidden * dsum).to(dhidden.dtype), (weight_or_gradient * dsum).to(dhidden.dtype), None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -208,10 +157,13 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy_reference`, both gradients formed in the forward pass.
 
-    With a group, see the "cpu" version. Where the weight has a ``main_grad``, its gradient is added there in the forward pass, and the
-    returned sum must be what the backward pass starts from, unscaled; anything else fails.
+    With a group, see the "cpu" version; with a ``main_grad``, `chunked_linear_loss`.
     Raises ValueError for a label outside [0, vocab_size).
     """
     check_labels(labels, vocab_size)
-    wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight_VD, labels, token_weights, vocab_size, group, num_rows_per_chunk, wants_gradients)
+    labels_N = labels.reshape(-1)
+
+    def chunk_loss(rows: slice, logits_NV: Tensor, weights_N: Tensor | None) -> Tensor:
+        return _loss_and_gradient(logits_NV, labels_N[rows], weights_N, vocab_size, group)
+
+    return chunked_linear_loss(hidden, weight_VD, token_weights, chunk_loss, num_rows_per_chunk=num_rows_per_chunk)

@@ -1,9 +1,7 @@
-"""Distillation loss for GPUs: a chunk of both models' logits at a time, the student's turned into their gradient in place.
+"""Output layer and distillation loss for GPUs (`linear_loss`): the student's logits turned into their gradient in place.
 
-Per chunk: both logits (bf16); one pass over each pair of rows for their maxima and sums and for sum p (t - s), one that overwrites the
-student's row with weight / T * (q - p); then dhidden = dlogits W, and dW is added to the weight's fp32 buffer by the product. Logits of
-the whole batch never exist, nothing is recomputed in backward. With a divided vocabulary the ranks agree on the rows' sums between the two
-passes.
+One pass over each pair of rows for their maxima and sums and for sum p (t - s), one that overwrites the student's row with
+weight / T * (q - p). With a divided vocabulary the ranks agree on the rows' sums between the two.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from megatron_hybrid.ops.cross_entropy import LOG2_E
 from megatron_hybrid.ops.distillation import check_arguments
-from megatron_hybrid.ops.main_grad import add_product, has_main_grad, mark_added
+from megatron_hybrid.ops.triton.linear_loss import chunked_linear_loss
 
 _BLOCK_V = 8192
 _NUM_WARPS = 16
@@ -83,13 +81,12 @@ def _gradient_kernel(
 def _divergence_and_gradient(
     student_NV: Tensor,
     teacher_NV: Tensor,
-    weights_N: Tensor,
+    weights_N: Tensor | None,
     vocab_size: int,
     temperature: float,
     group: dist.ProcessGroup | None,
-    wants_gradient: bool,
 ) -> Tensor:
-    """Each token's divergence, fp32; if wanted, the student's logits are overwritten with their gradient."""
+    """Each token's divergence, fp32; with weights, the student's logits are overwritten with their gradient."""
     num_rows, num_columns = student_NV.shape
     divided = group is not None and group.size() > 1
     num_valid = max(0, min(num_columns, vocab_size - (group.rank() * num_columns if divided else 0)))
@@ -105,7 +102,7 @@ def _divergence_and_gradient(
         sums_3N.mul_(shrink_2N[[0, 1, 1]])
         dist.all_reduce(sums_3N, group=group)
     student_log2_N, teacher_log2_N = maxima_2N + sums_3N[:2].log2()
-    if wants_gradient:
+    if weights_N is not None:
         _gradient_kernel[(num_rows,)](
             student_NV,
             teacher_NV,
@@ -119,59 +116,6 @@ def _divergence_and_gradient(
             **constants,
         )
     return (sums_3N[2] / sums_3N[1] + student_log2_N - teacher_log2_N) / LOG2_E
-
-
-class _LinearKlDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight_VD: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight_VE: Tensor,
-        token_weights: Tensor,
-        vocab_size: int,
-        temperature: float,
-        group: dist.ProcessGroup | None,
-        num_rows_per_chunk: int,
-        wants_gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
-        hidden_ND, teacher_NE = hidden.reshape(-1, hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-        weights_N = token_weights.reshape(-1).float()
-        divergences_N = torch.empty(weights_N.shape, dtype=torch.float32, device=hidden.device)
-        dhidden_ND = torch.empty_like(hidden_ND) if wants_gradients else None
-        into_main_grad = wants_gradients and has_main_grad(weight_VD)
-        dweight_VD = None
-        if wants_gradients and not into_main_grad:
-            dweight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
-        for start in range(0, weights_N.shape[0], num_rows_per_chunk):
-            rows = slice(start, start + num_rows_per_chunk)
-            student_NV, teacher_NV = hidden_ND[rows] @ weight_VD.t(), teacher_NE[rows] @ teacher_weight_VE.t()
-            divergences_N[rows] = _divergence_and_gradient(
-                student_NV, teacher_NV, weights_N[rows], vocab_size, temperature, group, wants_gradients
-            )
-            if not wants_gradients:
-                continue
-            torch.mm(student_NV, weight_VD, out=dhidden_ND[rows])
-            if into_main_grad:
-                add_product(weight_VD, student_NV, hidden_ND[rows])
-            else:
-                dweight_VD += student_NV.t() @ hidden_ND[rows]
-        ctx.into_main_grad = into_main_grad
-        if wants_gradients:
-            ctx.save_for_backward(dhidden_ND.view(hidden.shape), weight_VD if into_main_grad else dweight_VD.to(weight_VD.dtype))
-        divergences = divergences_N.view(token_weights.shape)
-        ctx.mark_non_differentiable(divergences)
-        return (divergences_N * weights_N).sum(), divergences
-
-    @staticmethod
-    def backward(ctx, dsum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, weight_or_gradient = ctx.saved_tensors
-        if ctx.into_main_grad:
-            # main_grad took the weight's gradient in forward, when this factor was not known yet.
-            torch._assert_async(dsum == 1, "the loss sum must enter the backward pass with gradient 1")
-            return dhidden, mark_added(weight_or_gradient), *(None,) * 8
-        return (dhidden * dsum).to(dhidden.dtype), (weight_or_gradient * dsum).to(dhidden.dtype), *(None,) * 8
 
 
 def linear_kl_divergence(
@@ -188,21 +132,14 @@ def linear_kl_divergence(
 ) -> tuple[Tensor, Tensor]:
     """`linear_kl_divergence_reference`, both gradients formed in the forward pass.
 
-    With a group, see the "cpu" version. Where the weight has a ``main_grad``, its gradient is added there in the forward pass, and the
-    returned sum must be what the backward pass starts from, unscaled; anything else fails.
+    With a group, see the "cpu" version; with a ``main_grad``, `chunked_linear_loss`.
     Raises ValueError for a temperature that is not positive, or shards of different vocabularies.
     """
     check_arguments(weight_VD, teacher_weight_VE, temperature)
-    wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad)
-    return _LinearKlDivergence.apply(
-        hidden,
-        weight_VD,
-        teacher_hidden.detach(),
-        teacher_weight_VE.detach(),
-        token_weights,
-        vocab_size,
-        temperature,
-        group,
-        num_rows_per_chunk,
-        wants_gradients,
-    )
+    teacher_NE, teacher_weight_VE = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight_VE.detach()
+
+    def chunk_loss(rows: slice, logits_NV: Tensor, weights_N: Tensor | None) -> Tensor:
+        teacher_NV = teacher_NE[rows] @ teacher_weight_VE.t()
+        return _divergence_and_gradient(logits_NV, teacher_NV, weights_N, vocab_size, temperature, group)
+
+    return chunked_linear_loss(hidden, weight_VD, token_weights, chunk_loss, num_rows_per_chunk=num_rows_per_chunk)
