@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tools.failure import EXIT_CODES, report_failure
+from tools.failure import EXIT_CODES, run_tool
 from vision_agglom.images.folder import FolderSource
 from vision_agglom.images.open_source import open_source
 from vision_agglom.images.pack import encode_jpeg, encode_png, write_shards
@@ -101,20 +101,20 @@ def make_samples(arguments: argparse.Namespace) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
-    try:
-        if arguments.verb == "index":
-            for shard in tqdm(arguments.shards, desc="index", unit="shard"):
-                tqdm.write(f"{shard}: {write_index(shard):,} images")
-            return 0
-        if arguments.verb == "samples":
-            shards = make_samples(arguments)
-        else:
-            shards = write_shards(read_folder(arguments.folder), arguments.output, arguments.samples_per_shard)
-    except (ValueError, OSError) as error:
-        return report_failure(error)
+    return run_tool(lambda: _make(arguments), "finished shards are kept; the same command writes them anew")
+
+
+def _make(arguments: argparse.Namespace) -> None:
+    if arguments.verb == "index":
+        for shard in tqdm(arguments.shards, desc="index", unit="shard"):
+            tqdm.write(f"{shard}: {write_index(shard):,} images")
+        return
+    if arguments.verb == "samples":
+        shards = make_samples(arguments)
+    else:
+        shards = write_shards(read_folder(arguments.folder), arguments.output, arguments.samples_per_shard)
     for shard in shards:
         print(f"{shard}: {len(open_source(str(shard))):,} images, {shard.stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":

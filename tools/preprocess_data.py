@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_hybrid.data.corpus import PreparedCorpus, holdout_prefix, prepare_corpus
 from megatron_hybrid.data.documents import ReadOptions
 from megatron_hybrid.data.tokenizer import load_tokenizer, tokenizer_kind
-from tools.failure import EXIT_CODES, report_failure
+from tools.failure import EXIT_CODES, run_tool
 
 EXAMPLE = """example:
   python -m tools.preprocess_data --input books/ "web/*.jsonl.gz" --tokenizer tokenizer.model --output data/mixed --holdout 0.02 --workers 8
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.preprocess_data",
         description="Tokenise JSON lines, plain text and folders into Megatron's .bin and .idx.",
-        epilog=f"{EXAMPLE}\n\n{EXIT_CODES}, 130 interrupted",
+        epilog=f"{EXAMPLE}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -66,25 +66,22 @@ def describe(prepared: PreparedCorpus, prefix: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
-    try:
-        kind = arguments.tokenizer_kind or tokenizer_kind(arguments.tokenizer)
-        prepared = prepare_corpus(
-            arguments.input,
-            load_tokenizer(kind, arguments.tokenizer, arguments.eod_token),
-            arguments.output,
-            pattern=arguments.glob,
-            options=ReadOptions(arguments.field, arguments.max_document_mb << 20),
-            holdout=arguments.holdout,
-            num_workers=arguments.workers,
-            overwrite=arguments.overwrite,
-        )
-    except (ValueError, OSError) as error:
-        return report_failure(error)
-    except KeyboardInterrupt:
-        print("interrupted: finished parts are kept; the same command continues", file=sys.stderr)
-        return 130
+    return run_tool(lambda: _prepare(arguments), "finished parts are kept; the same command continues")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    kind = arguments.tokenizer_kind or tokenizer_kind(arguments.tokenizer)
+    prepared = prepare_corpus(
+        arguments.input,
+        load_tokenizer(kind, arguments.tokenizer, arguments.eod_token),
+        arguments.output,
+        pattern=arguments.glob,
+        options=ReadOptions(arguments.field, arguments.max_document_mb << 20),
+        holdout=arguments.holdout,
+        num_workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
     print(describe(prepared, arguments.output))
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from megatron_hybrid.data.documents import Document, InputFile, ReadOptions, fin
 from megatron_hybrid.data.hashing import seeded_permutation
 from megatron_hybrid.data.indexed import naming_full_disk
 from megatron_hybrid.data.tokenizer_training import train_sentencepiece
-from tools.failure import EXIT_CODES, report_failure
+from tools.failure import EXIT_CODES, run_tool
 
 EXAMPLE = """example:
   python -m tools.train_tokenizer --input books/ web.jsonl --vocab-size 32000 --output tokenizer.model"""
@@ -72,13 +72,13 @@ def train_tokenizer(files: Sequence[InputFile], output: Path, vocab_size: int, o
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
-    try:
-        files = find_inputs(arguments.input, arguments.glob)
-        train_tokenizer(files, arguments.output, arguments.vocab_size, ReadOptions(field=arguments.field), arguments.max_mb << 20)
-    except (ValueError, OSError) as error:
-        return report_failure(error)
+    return run_tool(lambda: _train(arguments), "nothing is written")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    files = find_inputs(arguments.input, arguments.glob)
+    train_tokenizer(files, arguments.output, arguments.vocab_size, ReadOptions(field=arguments.field), arguments.max_mb << 20)
     print(f"{arguments.output}: {arguments.vocab_size:,} entries")
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ _POLL_S = 0.5
 _PRECEDENCE_S = 2.0
 _LEAVING_S = 5.0
 _KEY = "failure/exit_code"
+_BAD_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class FailureBoard:
@@ -76,12 +77,12 @@ class FailureBoard:
 def describe_failure(error: BaseException, entry: Callable[..., object]) -> tuple[int, str]:
     """Return the exit code and the text for an error that ended a run.
 
-    A ``ValueError`` that our own code (or the package of ``entry``) raised is the user's to mend, and its message says how; so does a
-    file that is missing. Anything else comes with its traceback.
+    A ``ValueError`` that our own code (or the package of ``entry``) raised is the user's to mend, and its message says how; so is a path
+    that is missing or closed to them. Anything else comes with its traceback.
     """
     if isinstance(error, KeyboardInterrupt):
         return 128 + 2, "interrupted"
-    if isinstance(error, FileNotFoundError) or (isinstance(error, ValueError) and _raised_by(error, entry)):
+    if isinstance(error, _BAD_PATH) or (isinstance(error, ValueError) and _raised_by(error, entry)):
         return ExitCode.BAD_INPUT, f"error: {error}"
     if isinstance(error, OSError | RunError):
         return ExitCode.ERROR, f"error: {error}"

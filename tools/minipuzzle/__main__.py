@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_minipuzzle(arguments.config, arguments.overrides)
         return _run(config, arguments.until or "report") if arguments.verb == "run" else _VERBS[arguments.verb](config)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         from megatron_hybrid.substrate.failure import describe_failure
 
         code, text = describe_failure(error, load_minipuzzle)

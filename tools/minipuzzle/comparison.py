@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.report import STYLE, html_table
 from tools.minipuzzle.results import Result, ResultKind, Results, load_results
+from tools.minipuzzle.scores import load_scores
 
 TRAINED: dict[ResultKind, str] = {"long": "distilled", "finetune": "fine-tuned without a teacher", "scratch": "from scratch"}
 """The trainings that are compared, on as many tokens each, and what people call them."""
@@ -94,17 +95,17 @@ def compare(work_dirs: Sequence[Path]) -> Comparison:
     """Read the results of finished compressions.
 
     Raises:
-        ValueError: one has no distilled winner yet, or they are not of one parent.
+        ValueError: one has no distilled winner yet, or they are not of one parent's weights.
     """
     results = tuple(load_results(WorkFiles(work_dir)) for work_dir in work_dirs)
     for work_dir, each in zip(work_dirs, results, strict=True):
         if each.winner is None or each.recovered("long") is None:
             raise ValueError(f"{work_dir} has no distilled winner yet; run its compression to the end first")
-    comparison = Comparison(tuple(work_dirs), results)
-    sizes = sorted({parent.num_parameters for parent in comparison.of("parent")})
-    if len(sizes) > 1:
-        raise ValueError(f"the parents have {sizes} parameters, but only compressions of one parent can be compared; leave the others out")
-    return comparison
+    parents = {work_dir: load_scores(WorkFiles(work_dir).scores).checkpoint for work_dir in work_dirs}
+    if len(set(parents.values())) > 1:
+        named = ", ".join(f"{work_dir} compressed weights {digest}" for work_dir, digest in parents.items())
+        raise ValueError(f"only compressions of one parent can be compared; {named}: leave out those of the others")
+    return Comparison(tuple(work_dirs), results)
 
 
 def comparison_table(comparison: Comparison) -> str:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.config.load import load_model
 from tools.minipuzzle.comparison import Spread, compare, comparison_table, write_comparison
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.results import Result, ResultKind, Results, Speed, save_results
+from tools.minipuzzle.scores import save_scores, synthetic_scores
 
 LOSSES: dict[ResultKind, float] = {"parent": 2.0, "pruned": 2.4, "short": 2.3, "long": 2.1, "finetune": 2.2, "scratch": 4.0}
 
 
-def write_results(work_dir: Path, *, shift: float = 0.0, size: int = 1000, winner: str | None = "child") -> Path:
+def write_results(work_dir: Path, *, shift: float = 0.0, weights: str = "b6f2", winner: str | None = "child") -> Path:
     models = [
-        Result(kind, "" if kind == "parent" else "child", size if kind == "parent" else 830, 0, loss + shift * (kind == "long"), 0.5, None)
+        Result(kind, "" if kind == "parent" else "child", 1000 if kind == "parent" else 830, 0, loss + shift * (kind == "long"), 0.5, None)
         for kind, loss in LOSSES.items()
     ]
     # Another candidate, which lost.
     models.append(Result("pruned", "loser", 840, 0, 9.0, 0.1, None))
     speeds = [Speed(kind, "H100", "bf16", 65536, 8, decode_ms, 1.0, None) for kind, decode_ms in (("parent", 1.2), ("long", 1.0))]
     save_results(Results(models, winner, speeds), WorkFiles(work_dir))
+    save_scores(replace(synthetic_scores(load_model("hybrid-cpu-12m")[0], seed=0), checkpoint=weights), WorkFiles(work_dir).scores)
     return work_dir
 
 
@@ -53,5 +57,7 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one has no distilled winner yet; run its compression to the end first"):
         compare([write_results(tmp_path / "one", winner=None)])
-    with pytest.raises(ValueError, match=r"the parents have \[1000, 2000\] parameters, but only compressions of one parent"):
-        compare([write_results(tmp_path / "small"), write_results(tmp_path / "large", size=2000)])
+    with pytest.raises(
+        ValueError, match="only compressions of one parent can be compared; .*one compressed weights b6f2, .*two compressed weights 03ac"
+    ):
+        compare([write_results(tmp_path / "one"), write_results(tmp_path / "two", weights="03ac")])
