@@ -116,10 +116,10 @@ def distances(actual: Mapping[str, Tensor], exact: Mapping[str, Tensor], sizes: 
 def check(name: str, shape: Shape, *, with_documents: bool) -> None:
     inputs, sizes = random_inputs(shape), [shape.inner, shape.channels, shape.heads]
     documents = (torch.rand(shape.batch, shape.length, device="cuda") < 4 / shape.length).cumsum(1)
-    for segment_ids, keep_scan in ((None, True), (documents, False))[: 1 + with_documents]:
+    for segment_ids in (None, documents)[: 1 + with_documents]:
         options = {"num_groups": shape.groups, "eps": EPS, "segment_ids_BL": segment_ids}
-        actual = run(partial(mamba_core, keep_scan=keep_scan), inputs, **options)
-        repeat = run(partial(mamba_core, keep_scan=keep_scan), inputs, **options)
+        actual = run(mamba_core, inputs, **options)
+        repeat = run(mamba_core, inputs, **options)
         exact = run(mamba_core_torch, {key: tensor.double() for key, tensor in inputs.items()}, **options)
         found = distances(actual, exact, sizes)
         within = all(value <= (OUTPUT_BOUND if key == "out" else GRADIENT_BOUND) for key, value in found.items())

@@ -61,9 +61,9 @@ def test_the_version_in_torch_equals_the_specification_in_fp64(documents: bool) 
     assert_equivalent(fast, mamba_core_reference, make_inputs(dtype=torch.float64), 1e-10, **options)
 
 
-@pytest.mark.parametrize("documents, keep_scan", [(False, True), (True, False)])
-def test_the_triton_version_equals_the_specification_in_fp32(device: str, documents: bool, keep_scan: bool) -> None:
-    fast = functools.partial(mamba_core_triton, chunk_length=16, keep_scan=keep_scan)
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+def test_the_triton_version_equals_the_specification_in_fp32(device: str, documents: bool) -> None:
+    fast = functools.partial(mamba_core_triton, chunk_length=16)
     options = {"num_groups": 2, "eps": 1e-5, "segment_ids_BL": random_documents(2, 20).to(device) if documents else None}
     assert_near_fp64(fast, mamba_core_reference, on(device, make_inputs()), FP32_BOUNDS, **options)
 
@@ -82,11 +82,10 @@ def test_the_triton_version_is_as_near_to_fp64_in_bf16_as_the_one_in_torch(devic
 
 
 @NEEDS_GPU
-@pytest.mark.parametrize("keep_scan", [True, False])
-def test_the_triton_version_equals_the_one_in_torch_at_a_models_size(device: str, keep_scan: bool) -> None:
+def test_the_triton_version_equals_the_one_in_torch_at_a_models_size(device: str) -> None:
     inputs = on(device, make_inputs(length=1037, heads=16, head_dim=64, state=128, dtype=torch.bfloat16))
     options = {"num_groups": 2, "eps": 1e-5, "segment_ids_BL": random_documents(2, 1037).to(device)}
-    assert_near_fp64(functools.partial(mamba_core_triton, keep_scan=keep_scan), mamba_core, inputs, BF16_BOUNDS, **options)
+    assert_near_fp64(mamba_core_triton, mamba_core, inputs, BF16_BOUNDS, **options)
 
 
 @NEEDS_GPU
@@ -115,14 +114,10 @@ def test_documents_do_not_mix(device: str) -> None:
 
 def test_the_triton_version_keeps_the_projection_and_the_scan_alone(device: str) -> None:
     inputs = on(device, make_inputs(length=4, batch=1))
-    for keep_scan in (True, False):
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, saved=saved: saved.append(tensor) or tensor, lambda tensor: tensor):
-            mamba_core_triton(
-                **{name: tensor.requires_grad_() for name, tensor in inputs.items()}, num_groups=2, eps=1e-5, keep_scan=keep_scan
-            )
-        activations = {tuple(tensor.shape) for tensor in saved if tensor.dim() == 3}
-        assert activations == {tuple(inputs["zxBCdt_LBE"].shape)} | ({(1, 4, 64)} if keep_scan else set())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        mamba_core_triton(**{name: tensor.requires_grad_() for name, tensor in inputs.items()}, num_groups=2, eps=1e-5)
+    assert {tuple(tensor.shape) for tensor in saved if tensor.dim() == 3} == {tuple(inputs["zxBCdt_LBE"].shape), (1, 4, 64)}
 
 
 @pytest.mark.parametrize("core", [mamba_core_reference, mamba_core, mamba_core_triton])

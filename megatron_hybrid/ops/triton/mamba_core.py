@@ -1,7 +1,7 @@
 """The Mamba-2 core in Triton, `mamba_core.mamba_core_reference` as one autograd function.
 
-Forward runs convolution, scan and norm kernels on views of the projection. For backward it keeps the projection, and y of the scan unless
-told not to; the convolution is run again. Each backward kernel writes its part of one gradient: the norm dz, the scan d dt and, into a
+Forward runs convolution, scan and norm kernels on views of the projection. For backward it keeps the projection and y of the scan; the
+convolution is run again. Each backward kernel writes its part of one gradient: the norm dz, the scan d dt and, into a
 buffer that the convolution's backward reads in place, the gradients of x, B and C; the convolution the rest. Nothing is concatenated or
 copied.
 
@@ -40,11 +40,9 @@ def mamba_core(
     eps: float,
     segment_ids_BL: Tensor | None = None,
     chunk_length: int | None = None,
-    keep_scan: bool = True,
 ) -> Tensor:
     """`mamba_core_reference` on a GPU; `chunk_length` as `ssd` takes it.
 
-    `keep_scan` keeps y of the scan for backward; without it the scan is computed twice.
     Raises ValueError: the sizes do not add up, the groups divide neither heads nor channels, a CPU tensor, or a dtype or chunk length
     that the kernels do not take.
     """
@@ -54,7 +52,7 @@ def mamba_core(
     check_tensors(zxBCdt_LBE=zxBCdt_LBE, conv_weight_CW=conv_weight_CW)
     sizes, conv_sizes = projection_sizes(zxBCdt_LBE.shape[-1], conv_weight_CW.shape[0], num_heads, inner, num_groups)
     launch = choose_launch(zxBCdt_LBE.dtype, inner // num_heads, conv_sizes[1] // num_groups, chunk_length)
-    settings = _Settings(tuple(sizes), tuple(conv_sizes), num_groups, eps, launch, keep_scan)
+    settings = _Settings(tuple(sizes), tuple(conv_sizes), num_groups, eps, launch)
     document_BL = None if segment_ids_BL is None else number_documents(segment_ids_BL).int()
     return _MambaCore.apply(zxBCdt_LBE, conv_weight_CW, conv_bias_C, A_log_H, D_H, dt_bias_H, norm_weight_I, document_BL, settings)
 
@@ -65,7 +63,6 @@ class _Settings(NamedTuple):
     num_groups: int
     eps: float
     launch: ScanLaunch
-    keep_scan: bool
 
 
 class _MambaCore(torch.autograd.Function):
@@ -98,7 +95,7 @@ class _MambaCore(torch.autograd.Function):
             dt_bias_H,
             norm_weight_I,
             document_BL,
-            y_BLI if settings.keep_scan else None,
+            y_BLI,
         )
         ctx.settings = settings
         return out_LBI
@@ -113,8 +110,6 @@ class _MambaCore(torch.autograd.Function):
 
         convolved_BLC = _convolve(xBC_BLC, conv_weight_CW.flatten(1), conv_bias_C, document_BL)
         scan = _scan(convolved_BLC, dt_BLH, A_log_H, D_H, dt_bias_H, document_BL, settings)
-        if y_BLI is None:
-            y_BLI = _scan_outputs(scan, settings.launch)
         dout_BLI = with_dense_rows(dout_LBI).transpose(0, 1)
         dy_BLI = _like(convolved_BLC, settings.sizes[0])
         dnorm_weight_X1I = norm_backward(y_BLI, z_BLI, norm_weight_I, settings.num_groups, settings.eps, dout_BLI, dy_BLI, dz_BLI)
