@@ -207,7 +207,8 @@ class VisionConfig(Section):
             raise ValueError(f"{where}: library={teacher.library} has no text towers; name a teacher of {' or '.join(TEXT_LIBRARIES)}")
         if not teacher.pretrained and options.text_model is None:
             raise ValueError(
-                f"{where} has pretrained=false, and a twin comes without a text tower; give evaluation.zero_shot.text_model, or drop zero_shot"
+                f"{where} has pretrained=false, and a twin comes without a text tower; give evaluation.zero_shot.text_model, or drop "
+                "zero_shot"
             )
 
     def _check_layout(self) -> None:

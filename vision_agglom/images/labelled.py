@@ -70,8 +70,8 @@ def check_labels(source: ImageSource, path: str, *, num_classes: int, resolution
         for what, highest in (("class", record.class_index), ("mask", int(mask_HW.max(where=mask_HW != NO_CLASS, initial=0)))):
             if not 0 <= highest < num_classes:
                 raise ValueError(
-                    f"{record.name} of {path}: its {what} has class {highest}, but evaluation.num_classes={num_classes} has those from 0 to "
-                    f"{num_classes - 1}; give evaluation.num_classes as many as there are"
+                    f"{record.name} of {path}: its {what} has class {highest}, but evaluation.num_classes={num_classes} has those from 0 "
+                    f"to {num_classes - 1}; give evaluation.num_classes as many as there are"
                 )
 
 
