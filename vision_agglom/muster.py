@@ -5,7 +5,7 @@ Where ranks divide the teachers none holds them all at any time: a set that fits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -27,7 +27,7 @@ def muster_teachers(run: VisionConfig, substrate: Substrate, load: LoadTeacher) 
     Raises:
         ValueError: a teacher cannot be loaded, has no summary where one is to be learned, or takes no images of a side it will be shown.
     """
-    dtype = torch.bfloat16 if run.train.teacher_precision == "bf16" else torch.float32
+    dtype = _dtype(run)
     duties: list[tuple[Duty, ...]] | None = None
     own = set(run.teacher_names)
     if run.train.teacher_ranks == "partitioned" and substrate.data_size > 1:
@@ -35,10 +35,9 @@ def muster_teachers(run: VisionConfig, substrate: Substrate, load: LoadTeacher) 
         duties = plan_teacher_ranks(costs, substrate.data_size)
         own = {duty.teacher for duty in duties[substrate.data_rank]}
     teachers = _load([teacher for teacher in run.teachers if teacher.name in own], substrate, load, dtype)
-    facts = _gather_facts(teachers, substrate)
-    for teacher in run.teachers:
-        _check(run, teacher, facts[teacher.name])
-    return TeacherPanel(run.teachers, {name: facts[name] for name in run.teacher_names}, teachers, substrate, duties, dtype)
+    facts = _gather_facts(run, teachers, substrate)
+    check_facts(run, facts)
+    return TeacherPanel(run.teachers, facts, teachers, substrate, duties, dtype)
 
 
 def _load(specs: Iterable[DistilledTeacherConfig], substrate: Substrate, load: LoadTeacher, dtype: torch.dtype) -> dict[str, Teacher]:
@@ -49,22 +48,32 @@ def _load(specs: Iterable[DistilledTeacherConfig], substrate: Substrate, load: L
         return {spec.name: load(spec, substrate.device, dtype) for spec in specs}
 
 
-def _gather_facts(teachers: dict[str, Teacher], substrate: Substrate) -> dict[str, TeacherFacts]:
-    """What any rank knows of the teachers it loaded. Collective."""
+def _gather_facts(run: VisionConfig, teachers: dict[str, Teacher], substrate: Substrate) -> dict[str, TeacherFacts]:
+    """What any rank knows of the teachers it loaded, in the run's order. Collective."""
     known: dict[str, TeacherFacts] = {}
     for of_rank in gather({name: teacher.facts for name, teacher in teachers.items()}, substrate.control_group):
         known |= of_rank
-    return known
+    return {name: known[name] for name in run.teacher_names if name in known}
 
 
-def _check(run: VisionConfig, teacher: DistilledTeacherConfig, facts: TeacherFacts) -> None:
-    if facts.summary_channels is None and teacher.summary_loss != "none":
-        raise ValueError(f"teacher {teacher.name!r} has no summary; set its summary_loss=none")
+def _dtype(run: VisionConfig) -> torch.dtype:
+    return torch.bfloat16 if run.train.teacher_precision == "bf16" else torch.float32
+
+
+def check_facts(run: VisionConfig, facts: Mapping[str, TeacherFacts]) -> None:
+    """Refuse a run whose teachers cannot do what it asks of them; of all teachers, or of those that ``facts`` has.
+
+    Raises:
+        ValueError: a teacher has no summary where one is to be learned, or takes no images of a side that it will be shown.
+    """
+    for name, fact in facts.items():
+        if fact.summary_channels is None and run.teacher(name).summary_loss != "none":
+            raise ValueError(f"teacher {name!r} has no summary; set its summary_loss=none")
     for stage in run.stages:
         for part in stage.partitions:
-            if teacher.name in (part.teachers or run.teacher_names):
+            for name in (name for name in facts if name in (part.teachers or run.teacher_names)):
                 for resolution in part.resolutions:
-                    plan_showing(teacher, facts, resolution // run.student.patch_size)
+                    plan_showing(run.teacher(name), facts[name], resolution // run.student.patch_size)
 
 
 def _measure_one_at_a_time(run: VisionConfig, substrate: Substrate, load: LoadTeacher, dtype: torch.dtype) -> dict[str, float]:
@@ -72,8 +81,8 @@ def _measure_one_at_a_time(run: VisionConfig, substrate: Substrate, load: LoadTe
     costs: dict[str, float] = {}
     for spec in run.teachers:
         teachers = _load([spec], substrate, load, dtype)
-        facts = _gather_facts(teachers, substrate)[spec.name]
-        _check(run, spec, facts)
+        facts = _gather_facts(run, teachers, substrate)[spec.name]
+        check_facts(run, {spec.name: facts})
         costs |= measure_costs(teachers, {spec.name: _timed_side(run, spec, facts)}, substrate)
         teachers.clear()
         if substrate.device.type == "cuda":
