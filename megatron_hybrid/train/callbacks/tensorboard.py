@@ -49,8 +49,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     values |= {
         "train/grad_norm": record.grad_norm,
         "train/learning_rate": record.learning_rate,
-        "speed/tokens_per_s": record.tokens_per_s,
-        "speed/tflops_per_rank": record.tflops_per_rank,
         "speed/memory_gib": record.memory_gib,
     }
-    return values if record.mfu is None else {**values, "speed/mfu": record.mfu}
+    rates = {"speed/tokens_per_s": record.tokens_per_s, "speed/tflops_per_rank": record.tflops_per_rank, "speed/mfu": record.mfu}
+    return values | {name: rate for name, rate in rates.items() if rate is not None}
