@@ -48,7 +48,7 @@ class Fp8Config(Section):
     """emulated: fp32 products of float8 numbers, on any device. scaled_mm, cublaslt, transformer_engine: float8 tensor cores through torch,
     cuBLASLt itself, or Transformer Engine. auto: emulated on a CPU, cublaslt on a GPU."""
     telemetry_every_steps: int | None = Field(None, gt=0)
-    """Steps between reports of each linear's amax, saturated and flushed shares in metrics.jsonl. Unset: none. On a GPU such a step runs
+    """Steps between reports of each linear's amaxes, scales, saturated and flushed shares. Unset: none. On a GPU such a step runs
     beside the CUDA graph and needs a micro-batch's activations once more."""
     shadow_every_steps: int | None = Field(None, gt=0)
     """Steps between evaluations of the same batch in the working precision, which report the relative loss gap. Unset: none."""

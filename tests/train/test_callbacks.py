@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import math
 import sys
 import types
 from dataclasses import replace
@@ -17,7 +18,7 @@ from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.train.callbacks.console import format_duration, format_record
 from megatron_hybrid.train.callbacks.loss_curve import draw_loss_curve
 from megatron_hybrid.train.callbacks.metrics_file import read_metrics
-from megatron_hybrid.train.callbacks.tensorboard import scalars
+from megatron_hybrid.train.callbacks.tensorboard import TensorBoardLog, scalars
 from megatron_hybrid.train.callbacks.wandb import WandbLog
 from megatron_hybrid.train.progress import Progress, StepRecord
 from megatron_hybrid.train.step import StepResult
@@ -152,6 +153,22 @@ def test_wandb_continues_one_run_per_directory(tmp_path: Path, monkeypatch: pyte
     assert [options["project"] for options in started] == ["hybrids"] * 3
     assert started[0]["id"] == started[2]["id"] != started[1]["id"]
     assert started[0]["resume"] == "allow"
+
+
+def test_reports_reach_both_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    shown: dict[str, dict] = {"tensorboard": {}, "wandb": {}}
+    events, curves = TensorBoardLog(run), WandbLog(run)
+    events.writer = SimpleNamespace(add_scalar=lambda name, value, step: shown["tensorboard"].update({(name, step): value}))
+    curves.run = SimpleNamespace(log=lambda values, step: shown["wandb"].update({(name, step): value for name, value in values.items()}))
+    trainer = SimpleNamespace(state=TrainState(step=20))
+    for callback in (events, curves):
+        callback.on_report(trainer, "fp8", {"linears": {"decoder.layers.0.mixer.in_proj": {"input": {"amax": 2.5, "saturated": 0.0}}}})
+        callback.on_report(trainer, "fp8_shadow", {"exact_loss": None, "relative_gap": -1e-4})
+    assert str(shown["tensorboard"]) == str(shown["wandb"])
+    assert shown["wandb"]["fp8/linears/decoder.layers.0.mixer.in_proj/input/amax", 20] == 2.5
+    assert shown["wandb"]["fp8_shadow/relative_gap", 20] == -1e-4 and math.isnan(shown["wandb"]["fp8_shadow/exact_loss", 20])
 
 
 def test_missing_logger_is_refused_before_the_run(tmp_path: Path) -> None:
