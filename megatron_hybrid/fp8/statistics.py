@@ -32,7 +32,7 @@ def tensor_statistics(x: Tensor, x_8: Tensor, scale: Tensor, to: Float8Format) -
     magnitude = x.float().abs()
     saturated = (magnitude * scale > to.saturation_point).sum()
     flushed = ((magnitude > 0) & (x_8.float() == 0)).sum()
-    num_elements = magnitude.new_tensor(x.numel())
+    num_elements = magnitude.new_tensor(x.numel(), dtype=torch.float64)
     return torch.stack([each.double() for each in (magnitude.amax(), scale.double().reciprocal(), saturated, flushed, num_elements)])
 
 
