@@ -126,7 +126,7 @@ def cast_plain(
         torch.maximum(amax, amax_plain(x_MK), out=amax)
     x_8 = quantize(x_MK, scale, to)
     if into is None:
-        return x_8, x_8.t()
+        return x_8 if rows else None, x_8.t() if columns else None
     for target, source in zip(into, (x_8, x_8.t()), strict=True):
         target.copy_(source)
     return into

@@ -169,5 +169,5 @@ def explain_implementations(
     lines = [f"{described} ({'; '.join(reasons)})" if reasons else described]
     if in_vain:
         options = ", ".join(f"kernels.{name}={chosen[name]}" for name in in_vain)
-        lines.append(f"warning: {options} changes nothing here: this run never calls {', '.join(in_vain)}; generating from it does")
+        lines.append(f"warning: {options} changes nothing here: this run never calls {', '.join(in_vain)}; generating from it may")
     return "\n".join(lines)
