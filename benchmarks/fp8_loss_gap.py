@@ -5,7 +5,7 @@
 
 A fourth training is without float8 again, with micro-batches half as large: the same sums rounded otherwise, as near as two trainings get.
 The text is Python, and is prepared where the run's files are not there. A training that is there already goes on or is not repeated.
-The gap is (without - other) / without, averaged over --window steps: negative where the other is worse, as Nemotron-H's figures 5 and 6 show it.
+The gap is (without - other) / without, averaged over --window steps: negative where the other is worse, as in Nemotron-H's figures 5 and 6.
 Prints the table of docs/cards/fp8_loss_gap.md and writes loss_gap.png beside the run directories.
 """
 
