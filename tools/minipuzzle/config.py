@@ -107,6 +107,8 @@ class SearchConfig(Section):
     latency: LatencyConfig = LatencyConfig()
     solver: bool = True
     """Also find the exact optimum of the estimated damage, with a width for every MLP layer of its own (integer program)."""
+    solver_time_limit_s: float = Field(60.0, gt=0)
+    """Longest time of one integer program (one for each choice of widths that all layers share). Stopped there, the best so far counts."""
     num_evaluated: int = Field(130, gt=0)
     """Candidates of the grid, least estimated damage first, that are run on validation tokens."""
     num_tokens: TokenCount = Field(1_000_000, gt=0)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.layout.pattern import ATTENTION, MAMBA, MLP
 from tools.minipuzzle.scores import read_json, write_json
 
 
@@ -31,6 +33,10 @@ class LayerTimes:
     def mlp(self, ffn_hidden_size: int) -> float:
         """An MLP layer of a width."""
         return self.mlp_base + self.mlp_per_neuron * ffn_hidden_size
+
+    def layer(self, kind: str, ffn_hidden_size: int) -> float:
+        """A layer of a kind and, where it is an MLP layer, a width."""
+        return self.mlp(ffn_hidden_size) if kind == MLP else {ATTENTION: self.attention, MAMBA: self.mamba}[kind]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,16 @@ class LatencyModel:
             f"no times were measured at hidden_size={hidden_size}, mamba_num_heads={mamba_num_heads}, mamba_head_dim={mamba_head_dim}; "
             "remove latency.json and search again"
         )
+
+    def predict(self, model: ModelConfig) -> float:
+        """Return the milliseconds of a decoding step of a whole model.
+
+        Raises:
+            ValueError: its widths were not measured.
+        """
+        times = self.of(model.hidden_size, model.mamba_num_heads, model.mamba_head_dim)
+        ffn = iter(model.ffn_hidden_sizes)
+        return times.fixed + sum(times.layer(kind, next(ffn) if kind == MLP else 0) for kind in model.layer_kinds)
 
 
 def fit_line(points: list[tuple[int, float]]) -> tuple[float, float]:

@@ -20,10 +20,11 @@ from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.config import MiniPuzzleConfig, SearchConfig
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.latency import load_latency, save_latency
+from tools.minipuzzle.memory import model_memory
 from tools.minipuzzle.parent import Parent, find_parent
 from tools.minipuzzle.scores import SYNTHETIC, Scores, load_scores, read_json, require_same_checkpoint, synthetic_scores, write_json
 from tools.minipuzzle.search import Estimate, ffn_choices, search_grid, width_choices
-from tools.minipuzzle.solver import solve
+from tools.minipuzzle.solver import Solution, solve
 
 _SHOWN = 12
 
@@ -38,6 +39,8 @@ class Listed:
     latency_ms: float | None = None
     is_exact: bool = False
     """Whether the integer program found it, instead of the grid."""
+    is_proven: bool = True
+    """Of the integer program's: whether nothing better is left, instead of that its time was up."""
     loss: float | None = None
     accuracy: float | None = None
     agreement: float | None = None
@@ -45,9 +48,9 @@ class Listed:
     """Whether it is pruned and distilled."""
 
     @classmethod
-    def of(cls, estimate: Estimate, *, is_exact: bool = False) -> Listed:
+    def of(cls, estimate: Estimate, *, is_exact: bool = False, is_proven: bool = True) -> Listed:
         """From what arithmetic says."""
-        return cls(estimate.candidate, estimate.damage, estimate.memory_gib, estimate.latency_ms, is_exact)
+        return cls(estimate.candidate, estimate.damage, estimate.memory_gib, estimate.latency_ms, is_exact, is_proven)
 
 
 def search(config: MiniPuzzleConfig) -> int:
@@ -70,10 +73,12 @@ def search(config: MiniPuzzleConfig) -> int:
     grid = search_grid(parent.model, scores, config.search, latency)
     elapsed_s = time.perf_counter() - start_s
     listed = [Listed.of(estimate) for estimate in grid]
-    exact = solve(parent.model, scores, config.search, latency) if config.search.solver else None
-    if exact is not None:
-        listed.append(Listed.of(exact, is_exact=True))
+    solution = solve(parent.model, scores, config.search, latency) if config.search.solver else None
+    if solution is not None and solution.estimate is not None:
+        listed.append(Listed.of(solution.estimate, is_exact=True, is_proven=solution.is_proven))
     _print_search(config, parent, scores, listed, elapsed_s)
+    if solution is not None:
+        print(describe_solution(solution, grid[0].damage, config.search.solver_time_limit_s), flush=True)
     if parent.checkpoint is None:
         save_candidates(listed, scores, files, config.search)
         return ExitCode.FINISHED
@@ -251,11 +256,36 @@ def _print_search(config: MiniPuzzleConfig, parent: Parent, scores: Scores, list
     grid, exact = [each for each in listed if not each.is_exact], [each for each in listed if each.is_exact]
     if scores.checkpoint == SYNTHETIC:
         print("no weights, no scores: the importance is made up; counts, patterns and memory are not")
+    print(f"the parent takes {model_memory(parent.model, config.search.memory).describe()}")
     print(f"{len(grid)} candidates of the grid fit, found in {elapsed_s:.1f} s; the least estimated damage first:")
     print(_table(parent.model, [*grid[:_SHOWN], *exact]))
-    if exact and grid[0].damage > 0:
-        print(f"the exact optimum has {1 - exact[0].damage / grid[0].damage:.1%} less estimated damage than the grid's best")
     sys.stdout.flush()
+
+
+def describe_solution(solution: Solution, grid_damage: float, time_limit_s: float) -> str:
+    """What the integer program says beside the grid's best, in one sentence.
+
+    >>> describe_solution(Solution(None, False, 0.1), 0.2, 60.0)
+    'exact solver: no candidate within 60 s (search.solver_time_limit_s), so that nothing is known of the optimum; give it more time'
+    """
+    if solution.estimate is None and solution.is_proven:
+        return "exact solver: no candidate fits the limits"
+    in_time = f"within {time_limit_s:g} s (search.solver_time_limit_s)"
+    if solution.estimate is None:
+        return f"exact solver: no candidate {in_time}, so that nothing is known of the optimum; give it more time"
+    beside = ""
+    if grid_damage > 0:
+        less = 1 - solution.estimate.damage / grid_damage
+        beside = (
+            f" has {less:.1%} less estimated damage than the grid's best" if less >= 0 else f" is {-less:.1%} worse than the grid's best"
+        )
+    if solution.is_proven:
+        return f"the exact optimum{beside}" if beside else "the exact optimum was found"
+    least = max(solution.least_damage, 0.0)
+    return (
+        f"the best of the exact solver {in_time}{beside}; it is not proven to be the optimum, whose damage is at least {least:.4f} "
+        f"(this one: {solution.estimate.damage:.4f})"
+    )
 
 
 def _table(parent: ModelConfig, listed: list[Listed]) -> str:
@@ -263,7 +293,7 @@ def _table(parent: ModelConfig, listed: list[Listed]) -> str:
     head = f"{'':9}{'damage':>9} {'GiB':>8} {'ms':>8}" + (f" {'loss':>8} {'accuracy':>9} {'agrees':>7}" if has_quality else "")
     lines = [head]
     for each in listed:
-        mark = ("exact" if each.is_exact else "grid") + (" *" if each.chosen else "")
+        mark = (("exact" if each.is_proven else "solver") if each.is_exact else "grid") + (" *" if each.chosen else "")
         latency = "" if each.latency_ms is None else f"{each.latency_ms:.3f}"
         line = f"{mark:9}{each.damage:9.4f} {each.memory_gib:8.4f} {latency:>8}"
         if each.loss is not None:
