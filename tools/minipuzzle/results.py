@@ -16,6 +16,9 @@ from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.parent import Parent
 from tools.minipuzzle.scores import read_json, write_json
 
+LEAST_COST = 1e-4
+"""Least nats per token that pruning must have cost for a share of it to mean anything: the last digit of the losses that are printed."""
+
 ResultKind = Literal["parent", "pruned", "short", "long", "scratch", "finetune"]
 
 
@@ -69,18 +72,25 @@ class Results:
         """Return a result, or None where it was not measured."""
         return next((each for each in self.models if each.kind == kind and name in (None, each.name)), None)
 
+    def cost_of_pruning(self) -> float | None:
+        """Return how much more loss the winner had as pruned than its parent; None where one is missing."""
+        parent, pruned = self.find("parent"), self.find("pruned", self.winner)
+        return None if self.winner is None or parent is None or pruned is None else pruned.loss - parent.loss
+
     def recovered(self, kind: ResultKind) -> float | None:
-        """Return the share of the loss that pruning cost and a training of the winner won back; None where a part is missing.
+        """Return the share of the loss that pruning cost and a training of the winner won back.
+
+        None where a part is missing, or where pruning cost nothing measurable (``LEAST_COST``): nothing was there to win back.
 
         >>> results = Results([Result(kind, "", 1, 0, loss, 0.0, None) for kind, loss in (("parent", 2.0), ("pruned", 4.0), ("long", 2.5))])
         >>> results.winner = ""
         >>> results.recovered("long")
         0.75
         """
-        parent, pruned, trained = self.find("parent"), self.find("pruned", self.winner), self.find(kind, self.winner)
-        if self.winner is None or parent is None or pruned is None or trained is None:
+        cost, trained = self.cost_of_pruning(), self.find(kind, self.winner)
+        if cost is None or cost < LEAST_COST or trained is None:
             return None
-        return (pruned.loss - trained.loss) / (pruned.loss - parent.loss)
+        return (self.find("pruned", self.winner).loss - trained.loss) / cost
 
 
 def load_results(files: WorkFiles) -> Results:
@@ -208,13 +218,18 @@ def summarise(results: Results) -> list[str]:
     names: dict[ResultKind, str] = {"long": "distilled", "finetune": "fine-tuned without a teacher", "scratch": "trained from scratch"}
     for kind, what in names.items():
         share, result = results.recovered(kind), results.find(kind, results.winner)
-        if share is not None and result is not None:
-            found = (
-                f"{share:.1%} of the loss that pruning cost won back"
-                if share >= 0
-                else f"{-share:.1%} of what pruning cost lost on top of it"
-            )
-            sentences.append(f"{what}: loss {result.loss:.4f}, {found}")
+        if result is None or results.winner is None:
+            continue
+        if share is None:
+            found = "no share of a loss to win back"
+        elif share >= 0:
+            found = f"{share:.1%} of the loss that pruning cost won back"
+        else:
+            found = f"{-share:.1%} of what pruning cost lost on top of it"
+        sentences.append(f"{what}: loss {result.loss:.4f}, {found}")
+    cost = results.cost_of_pruning()
+    if cost is not None and cost < LEAST_COST:
+        sentences.insert(0, costs_nothing(results))
     if len(results.speeds) == 2:
         before, after = results.speeds
         sentences.append(
@@ -223,6 +238,15 @@ def summarise(results: Results) -> list[str]:
             f"{before.memory_gib:.3f} -> {after.memory_gib:.3f} GiB"
         )
     return sentences
+
+
+def costs_nothing(results: Results) -> str:
+    """Say of a winner that pruning cost nothing measurable."""
+    parent, pruned = results.find("parent"), results.find("pruned", results.winner)
+    return (
+        f"pruning cost nothing measurable: loss {pruned.loss:.4f} as pruned, {parent.loss:.4f} of the parent; cut deeper, or measure on "
+        "more text (search.num_tokens)"
+    )
 
 
 def to_subject(kind: ResultKind, candidate: Candidate, parent: ModelConfig, run_dir: Path, tokens: int) -> Subject:
