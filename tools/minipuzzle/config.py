@@ -113,8 +113,8 @@ class SearchConfig(Section):
     """Candidates of the grid, least estimated damage first, that are run on validation tokens."""
     num_tokens: TokenCount = Field(1_000_000, gt=0)
     """Validation tokens that candidates are ranked on."""
-    rank_by: Literal["accuracy", "agreement", "loss"] = "accuracy"
-    """Next-token accuracy, greedy agreement with the parent, or loss."""
+    rank_by: Literal["accuracy_and_agreement", "accuracy", "agreement", "loss"] = "accuracy_and_agreement"
+    """Mean of next-token accuracy and greedy agreement with the parent, one of the two alone, or loss. Of equals, the lower loss first."""
     top_k: int = Field(3, gt=0)
     """Candidates that are pruned and distilled for a short while."""
 

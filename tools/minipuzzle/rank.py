@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -194,13 +194,24 @@ def rank_candidates(run: RunConfig, substrate: Substrate, parent: Parent, scores
             child = _cut_child(parent, each.candidate, source, selection, substrate)
             quality = measure_quality(child, batches, batches.num_samples, parent_says=parent_says)
         ranked.append(replace(each, **asdict(quality)))
-    ranked.sort(key=lambda each: -quality_key(each, options.rank_by))
+    ranked.sort(key=lambda each: quality_key(each, options.rank_by), reverse=True)
     return [replace(each, chosen=place < options.top_k) for place, each in enumerate(ranked)]
 
 
-def quality_key(measured: Any, rank_by: str) -> float:
-    """Return what a model is ranked by, higher is better; ``measured`` has loss, accuracy and agreement."""
-    return -measured.loss if rank_by == "loss" else getattr(measured, rank_by)
+def quality_key(measured: Any, rank_by: str) -> tuple[float, float]:
+    """Return what a model is ranked by, higher is better; ``measured`` has loss, accuracy and agreement.
+
+    >>> from types import SimpleNamespace
+    >>> quality_key(SimpleNamespace(loss=2.0, accuracy=0.5, agreement=0.75), "accuracy_and_agreement")
+    (0.625, -2.0)
+    """
+    values = {
+        "accuracy_and_agreement": (measured.accuracy + measured.agreement) / 2,
+        "accuracy": measured.accuracy,
+        "agreement": measured.agreement,
+        "loss": -measured.loss,
+    }
+    return values[rank_by], -measured.loss
 
 
 class HeldOut:
@@ -218,6 +229,9 @@ class HeldOut:
         self._run, self._substrate = run, substrate
         self._streams = build_validation_streams(run)
         self.num_samples = -(-num_tokens // (run.data.sequence_length * len(self._streams)))
+        if substrate.rank == 0:
+            for warning in repeated_text(self._streams, self.num_samples):
+                print(warning, file=sys.stderr, flush=True)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         from tools.minipuzzle.forward import read_micro_batches
@@ -225,6 +239,18 @@ class HeldOut:
         for name, stream in self._streams.items():
             for batch in read_micro_batches(stream, self.num_samples, self._run, self._substrate):
                 yield name, batch
+
+
+def repeated_text(streams: Mapping[str, Any], num_samples: int) -> list[str]:
+    """Return a warning for each source (a ``SampleStream``) of which ``num_samples`` samples are more than there are."""
+    return [
+        f"warning: validation source {use.source} is read {use.epochs:.1f} times for its {num_samples * stream.sequence_length:,} of "
+        f"search.num_tokens: it has {stream.sources[0].samples_per_epoch * stream.sequence_length:,}, and reading on tells no more; "
+        "lower search.num_tokens, or give more held-out text"
+        for stream in streams.values()
+        for use in stream.usage(0, num_samples)
+        if use.epochs > 1
+    ]
 
 
 def _cut_child(parent: Parent, candidate: Candidate, source: Any, selection: Any, substrate: Substrate) -> Any:
