@@ -66,7 +66,7 @@ def work(parent_folder: Path, rank_pool) -> WorkFiles:
 def test_every_stage_leaves_its_file(parent_folder: Path, work: WorkFiles) -> None:
     parent = find_parent(compression(parent_folder))
     assert load_scores(work.scores).checkpoint == parent.digest
-    listed = load_candidates(work, parent.model)
+    listed = load_candidates(parent)
     chosen = chosen_candidates(parent)
     assert len(chosen) == 2 and sum(each.is_exact for each in listed) == 1
     results = load_results(work)
@@ -143,7 +143,7 @@ def test_the_candidates_file_may_be_edited(parent_folder: Path, work: WorkFiles)
         content["candidates"][0]["candidate"]["layers"].append(99)
         work.candidates.write_text(json.dumps(content))
         with pytest.raises(ValueError, match="candidate 0: layers must be numbers of the parent's 8 layers"):
-            load_candidates(work, parent.model)
+            load_candidates(parent)
     finally:
         work.candidates.write_text(before)
 
@@ -274,7 +274,7 @@ def test_latency_is_measured_and_kept_to(parent_folder: Path, work: WorkFiles, t
     latency = load_latency(WorkFiles(tmp_path).latency)
     (times,) = latency.times
     assert latency.context_tokens == 64 and min(times.fixed, times.attention, times.mamba, times.mlp(96)) > 0
-    listed = load_candidates(WorkFiles(tmp_path), find_parent(config).model)
+    listed = load_candidates(find_parent(config))
     whole = max(listed, key=lambda each: (len(each.candidate.layers), each.candidate.ffn_hidden_sizes))
     expected = times.fixed + 3 * times.mamba + 2 * times.attention + 3 * times.mlp(96)
     assert whole.latency_ms == pytest.approx(expected)
