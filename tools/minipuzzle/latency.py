@@ -8,8 +8,9 @@ Measuring is in ``timing.py``; here is the arithmetic, which imports no torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layout.pattern import ATTENTION, MAMBA, MLP
@@ -48,6 +49,8 @@ class LatencyModel:
     context_tokens: int
     batch_size: int
     times: tuple[LayerTimes, ...]
+    made_from: dict[str, Any] = field(default_factory=dict)
+    """How they were measured (``inputs.latency_inputs``)."""
 
     def of(self, hidden_size: int, mamba_num_heads: int, mamba_head_dim: int) -> LayerTimes:
         """Return the times at these widths.

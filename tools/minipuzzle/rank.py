@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,16 +17,18 @@ from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
 from megatron_hybrid.substrate.place import place_from_environment
 from tools.minipuzzle.candidate import Candidate
-from tools.minipuzzle.config import MiniPuzzleConfig, SearchConfig
+from tools.minipuzzle.config import MiniPuzzleConfig
 from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.inputs import Inputs, differences, latency_inputs, require_same, search_inputs
 from tools.minipuzzle.latency import load_latency, save_latency
 from tools.minipuzzle.memory import model_memory
 from tools.minipuzzle.parent import Parent, find_parent
 from tools.minipuzzle.scores import SYNTHETIC, Scores, load_scores, read_json, require_same_checkpoint, synthetic_scores, write_json
-from tools.minipuzzle.search import Estimate, ffn_choices, search_grid, width_choices
+from tools.minipuzzle.search import Estimate, damage_of, ffn_choices, search_grid, width_choices
 from tools.minipuzzle.solver import Solution, solve
 
 _SHOWN = 12
+_Measured = TypeVar("_Measured")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def search(config: MiniPuzzleConfig) -> int:
     scores = scores_for(parent, files)
     latency = None
     if config.search.latency.limit_ms is not None:
-        if not files.latency.exists():
+        if not _holds_times(files, parent):
             code = run_on_ranks(LatencyEntry(config), parent.timing_run(config.work_dir))
             if code or place_from_environment(os.environ).launcher != "plain":
                 # Ranks that a launcher started meet once; the next start finds the times.
@@ -80,7 +82,7 @@ def search(config: MiniPuzzleConfig) -> int:
     if solution is not None:
         print(describe_solution(solution, grid[0].damage, config.search.solver_time_limit_s), flush=True)
     if parent.checkpoint is None:
-        save_candidates(listed, scores, files, config.search)
+        save_candidates(listed, search_inputs(parent, scores), files)
         return ExitCode.FINISHED
     to_run = [*listed[: config.search.num_evaluated], *(each for each in listed[config.search.num_evaluated :] if each.is_exact)]
     for each in to_run:
@@ -105,25 +107,76 @@ def scores_for(parent: Parent, files: WorkFiles) -> Scores:
     return scores
 
 
-def save_candidates(listed: list[Listed], scores: Scores, files: WorkFiles, options: SearchConfig) -> None:
+def save_candidates(listed: list[Listed], made_from: Inputs, files: WorkFiles) -> None:
     """Write the stage's file."""
-    lines = [asdict(each) | {"candidate": each.candidate.to_json(), "name": each.candidate.name} for each in listed]
-    write_json(files.candidates, {"scores": scores.checkpoint, "options": options.model_dump(mode="json"), "candidates": lines})
+    lines = [{"name": each.candidate.name} | asdict(each) | {"candidate": each.candidate.to_json()} for each in listed]
+    write_json(files.candidates, {"made_from": made_from, "candidates": lines})
 
 
-def load_candidates(files: WorkFiles, parent: ModelConfig) -> list[Listed]:
+def load_candidates(parent: Parent) -> list[Listed]:
     """Read the stage's file, edited or not.
 
     Raises:
-        ValueError: it is missing, or a candidate in it is not made of the parent's parts.
+        ValueError: it is missing or was made from other scores or options than the present ones, or a line in it is no candidate.
+    """
+    files = WorkFiles(parent.config.work_dir)
+    scores, content = scores_for(parent, files), read_candidates(files)
+    require_same(content["made_from"], search_inputs(parent, scores), files.candidates, "Search again, or go back to what it was made from")
+    return [
+        parse_candidate(line, parent, scores, f"{files.candidates}, candidate {number}")
+        for number, line in enumerate(content["candidates"])
+    ]
+
+
+def read_candidates(files: WorkFiles) -> dict[str, Any]:
+    """Return the stage's file as it is: ``made_from``, and ``candidates``, one mapping each.
+
+    Raises:
+        ValueError: it is missing, or something else is in it.
     """
     content = read_json(files.candidates, "run the search stage first")
-    listed = []
+    if not isinstance(content, dict) or not isinstance(content.get("candidates"), list) or not isinstance(content.get("made_from"), dict):
+        raise ValueError(f"{files.candidates} must be a mapping with made_from and a list of candidates; search again")
     for number, line in enumerate(content["candidates"]):
-        values: dict[str, Any] = {name: value for name, value in line.items() if name not in ("candidate", "name")}
-        candidate = Candidate.from_json(line["candidate"], parent, f"{files.candidates}, candidate {number}")
-        listed.append(Listed(candidate, **values))
-    return listed
+        if not isinstance(line, dict) or "candidate" not in line:
+            raise ValueError(f"{files.candidates}, candidate {number}: expected a mapping with candidate, and chosen: true if it is pruned")
+    return content
+
+
+def parse_candidate(line: dict[str, Any], parent: Parent, scores: Scores, source: str) -> Listed:
+    """Return a line of the file. One that a person added need not say more than ``candidate``, and ``chosen`` where it is to be pruned.
+
+    Figures belong to the candidate that has the line's name. Where it has another, or none, what arithmetic can say is computed, and
+    what would have to be measured left open.
+
+    Raises:
+        ValueError: it is not made of the parent's parts, or has a key that no line has, or a value of another kind.
+    """
+    known = ["name", *(field.name for field in fields(Listed))]
+    unknown = sorted(set(line) - set(known))
+    if unknown:
+        raise ValueError(f"{source}: unknown key {', '.join(unknown)}; a line may have {', '.join(known)}")
+    candidate = Candidate.from_json(line["candidate"], parent.model, source)
+    chosen = line.get("chosen", False)
+    if not isinstance(chosen, bool):
+        raise ValueError(f"{source}: chosen must be true or false, got {chosen!r}")
+    if line.get("name") != candidate.name:
+        memory_gib = model_memory(candidate.model(parent.model), parent.config.search.memory).total_gib
+        return Listed(candidate, damage_of(scores, candidate), memory_gib, chosen=chosen)
+    marks = {name: line[name] is True for name in ("is_exact", "is_proven") if name in line}
+    figures = {name: value for name, value in line.items() if name not in ("name", "candidate", "chosen", *marks)}
+    wrong = [
+        name for name, value in figures.items() if value is not None and (isinstance(value, bool) or not isinstance(value, int | float))
+    ]
+    missing = [name for name in ("damage", "memory_gib") if figures.get(name) is None]
+    if wrong or missing:
+        raise ValueError(f"{source}: {wrong or missing} must be numbers; give them, or drop the line's name to have them computed")
+    return Listed(candidate, **marks, chosen=chosen, **figures)
+
+
+def _holds_times(files: WorkFiles, parent: Parent) -> bool:
+    """Whether there are times of layers, measured on this device and in the setting that is asked for."""
+    return files.latency.exists() and not differences(load_latency(files.latency).made_from, latency_inputs(parent))
 
 
 @dataclass(frozen=True)
@@ -140,7 +193,7 @@ class LatencyEntry:
         widths, ffn = list(width_choices(run.model, search_options)), ffn_choices(run.model, search_options)
         model = measure_latency(run, substrate, search_options.latency, widths, ffn)
         if substrate.rank == 0:
-            save_latency(model, WorkFiles(self.config.work_dir).latency)
+            save_latency(replace(model, made_from=latency_inputs(find_parent(self.config))), WorkFiles(self.config.work_dir).latency)
         return ExitCode.FINISHED
 
 
@@ -160,7 +213,7 @@ class RankEntry:
         ranked = rank_candidates(run, substrate, parent, scores, list(self.to_run))
         if substrate.rank == 0:
             rest = [each for each in self.listed if each.candidate not in {one.candidate for one in ranked}]
-            save_candidates([*ranked, *rest], scores, files, self.config.search)
+            save_candidates([*ranked, *rest], search_inputs(parent, scores), files)
             print(_table(parent.model, ranked[:_SHOWN]), flush=True)
         return ExitCode.FINISHED
 
@@ -194,24 +247,24 @@ def rank_candidates(run: RunConfig, substrate: Substrate, parent: Parent, scores
             child = _cut_child(parent, each.candidate, source, selection, substrate)
             quality = measure_quality(child, batches, batches.num_samples, parent_says=parent_says)
         ranked.append(replace(each, **asdict(quality)))
-    ranked.sort(key=lambda each: quality_key(each, options.rank_by), reverse=True)
-    return [replace(each, chosen=place < options.top_k) for place, each in enumerate(ranked)]
+    return [replace(each, chosen=place < options.top_k) for place, each in enumerate(best_first(ranked, options.rank_by))]
 
 
-def quality_key(measured: Any, rank_by: str) -> tuple[float, float]:
+def quality_key(measured: Any, rank_by: str) -> float:
     """Return what a model is ranked by, higher is better; ``measured`` has loss, accuracy and agreement.
 
     >>> from types import SimpleNamespace
     >>> quality_key(SimpleNamespace(loss=2.0, accuracy=0.5, agreement=0.75), "accuracy_and_agreement")
-    (0.625, -2.0)
+    0.625
     """
-    values = {
-        "accuracy_and_agreement": (measured.accuracy + measured.agreement) / 2,
-        "accuracy": measured.accuracy,
-        "agreement": measured.agreement,
-        "loss": -measured.loss,
-    }
-    return values[rank_by], -measured.loss
+    if rank_by == "accuracy_and_agreement":
+        return (measured.accuracy + measured.agreement) / 2
+    return -measured.loss if rank_by == "loss" else getattr(measured, rank_by)
+
+
+def best_first(measured: Iterable[_Measured], rank_by: str) -> list[_Measured]:
+    """Return models by what they are ranked by; of equals, the lower loss first."""
+    return sorted(measured, key=lambda each: (-quality_key(each, rank_by), each.loss))
 
 
 class HeldOut:

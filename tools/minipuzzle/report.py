@@ -17,7 +17,7 @@ from megatron_hybrid.layout.pattern import ATTENTION, KIND_NAMES, MAMBA, MLP
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.parent import Parent
 from tools.minipuzzle.rank import Listed, load_candidates, scores_for
-from tools.minipuzzle.results import Result, Results, load_results, summarise
+from tools.minipuzzle.results import Result, Results, current_results, summarise
 from tools.minipuzzle.scores import SYNTHETIC, Scores
 
 _COLORS = {MAMBA: "tab:blue", ATTENTION: "tab:red", MLP: "tab:green"}
@@ -37,7 +37,7 @@ def write_report(parent: Parent) -> Path:
         ValueError: there are no candidates yet.
     """
     files = WorkFiles(parent.config.work_dir)
-    scores, listed, results = scores_for(parent, files), load_candidates(files, parent.model), load_results(files)
+    scores, listed, results = scores_for(parent, files), load_candidates(parent), current_results(parent)
     pictures = files.work_dir / "report"
     pictures.mkdir(parents=True, exist_ok=True)
     best = [each for each in listed if each.chosen] or listed[:3]

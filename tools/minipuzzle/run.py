@@ -2,8 +2,9 @@
 
     score -> search -> prune the chosen -> distil each for a short while -> distil the best for long, and the baselines -> report
 
-A stage is done when its file is there and was made with the present options; what a person edited in it is kept. ``until`` ends a plan
-after an earlier stage, so that several plans can share a device and leave the timing of decoding, which wants it alone, for later.
+A stage is done when its file is there and was made from the present inputs (``inputs.py``); what a person edited in it is kept, and a
+training that was made from others is refused. ``until`` ends a plan after an earlier stage, so that several plans can share a device and
+leave the timing of decoding, which wants it alone, for later.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.place import place_from_environment
 from tools.minipuzzle.config import MiniPuzzleConfig, Stage
-from tools.minipuzzle.distill import Kind, distill_options, train_candidate, training_run
+from tools.minipuzzle.distill import Kind, check_trainings, planned_kinds, train_candidate, training_run
 from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.inputs import Inputs, differences, scoring_inputs, search_inputs
 from tools.minipuzzle.parent import Parent, find_parent
-from tools.minipuzzle.rank import Listed, load_candidates, quality_key, search
-from tools.minipuzzle.results import load_results, measure_results, measure_speed, save_results, summarise, to_subject
+from tools.minipuzzle.rank import Listed, best_first, load_candidates, quality_key, read_candidates, scores_for, search
+from tools.minipuzzle.results import choose_winner, current_results, measure_results, measure_speed, save_results, summarise, to_subject
 from tools.minipuzzle.score import score
 from tools.minipuzzle.scores import load_scores, read_json, require_same_checkpoint
 
@@ -37,7 +39,12 @@ def run(config: MiniPuzzleConfig, until: Stage = "report") -> int:
             "ranks), each again until it has nothing left to do"
         )
     parent = find_parent(config)
-    distill_options(parent)
+    # Said first: a preset is asked for nothing else.
+    _ = parent.weights
+    if until in ("distill", "report"):
+        files = WorkFiles(config.work_dir)
+        lines = read_candidates(files)["candidates"] if files.candidates.exists() else []
+        check_trainings(parent, [line["name"] for line in lines if line.get("chosen") and "name" in line])
     return next((code for code in _stages(parent, until) if code), ExitCode.FINISHED)
 
 
@@ -90,7 +97,7 @@ def chosen_candidates(parent: Parent) -> list[Listed]:
         ValueError: there are none.
     """
     files = WorkFiles(parent.config.work_dir)
-    chosen = [each for each in load_candidates(files, parent.model) if each.chosen]
+    chosen = [each for each in load_candidates(parent) if each.chosen]
     if not chosen:
         raise ValueError(f"{files.candidates} has no candidate with chosen: true; set it for those that shall be pruned")
     return chosen
@@ -102,14 +109,15 @@ def distill_all(parent: Parent) -> Iterator[int | None]:
     for number, each in enumerate(chosen, start=1):
         yield _train(parent, each, "short", f"short distillation {number} of {len(chosen)}")
     yield _measure(parent, chosen, ["short"])
-    results = load_results(files)
-    shorts = [each for each in results.models if each.kind == "short" and each.name in {one.candidate.name for one in chosen}]
-    results.winner = max(shorts, key=lambda each: quality_key(each, parent.config.search.rank_by)).name
+    results = current_results(parent)
+    rank_by, shorts = parent.config.search.rank_by, [results.find("short", each.candidate.name) for each in chosen]
+    quality = {each.name: quality_key(each, rank_by) for each in best_first(shorts, rank_by)}
+    results.winner = choose_winner(results, quality)
+    results.winner_from = quality
     if place_from_environment(os.environ).rank == 0:
         save_results(results, files)
     winner = next(each for each in chosen if each.candidate.name == results.winner)
-    kinds: list[Kind] = ["long"]
-    kinds += [kind for kind in ("finetune", "scratch") if getattr(parent.config.baselines, kind)]
+    kinds = [kind for kind in planned_kinds(parent) if kind != "short"]
     for kind in kinds:
         yield _train(parent, winner, kind, kind)
     yield _measure(parent, [winner], kinds)
@@ -117,14 +125,11 @@ def distill_all(parent: Parent) -> Iterator[int | None]:
 
 def _stages(parent: Parent, until: Stage) -> Iterator[int | None]:
     config, files = parent.config, WorkFiles(parent.config.work_dir)
-    if not _is_done(files.scores, config.score.model_dump(mode="json")):
-        print("score", flush=True)
+    if _is_to_do("score", files.scores, scoring_inputs(parent)):
         yield score(config)
     if until == "score":
         return
-    is_older = files.candidates.exists() and files.candidates.stat().st_mtime_ns < files.scores.stat().st_mtime_ns
-    if is_older or not _is_done(files.candidates, config.search.model_dump(mode="json")):
-        print("\nsearch", flush=True)
+    if _is_to_do("search", files.candidates, search_inputs(parent, scores_for(parent, files))):
         yield search(config)
     if until == "search":
         return
@@ -136,19 +141,26 @@ def _stages(parent: Parent, until: Stage) -> Iterator[int | None]:
     yield from distill_all(parent)
     if until == "distill":
         return
-    results = load_results(files)
-    wanted = (config.search.latency.context_tokens, config.search.latency.batch_size)
-    if [(each.context_tokens, each.batch_size) for each in results.speeds] != [wanted] * 2:
+    results = current_results(parent)
+    if not results.speeds:
         winner = next(each for each in chosen if each.candidate.name == results.winner)
-        yield measure_speed(parent, winner.candidate.model(parent.model))
+        yield measure_speed(parent, winner.candidate)
     from tools.minipuzzle.report import write_report
 
     page = write_report(parent)
-    print("\n" + "\n".join([*summarise(load_results(files)), str(page)]), flush=True)
+    print("\n" + "\n".join([*summarise(current_results(parent)), str(page)]), flush=True)
 
 
-def _is_done(file: Path, options: dict) -> bool:
-    return file.exists() and read_json(file, "remove it and run again").get("options") == options
+def _is_to_do(stage: Stage, file: Path, inputs: Inputs) -> bool:
+    """Whether a stage's file is missing or was made from other inputs; says so."""
+    if not file.exists():
+        print(f"\n{stage}", flush=True)
+        return True
+    content = read_json(file, "remove it and run again")
+    changed = differences(content.get("made_from", {}) if isinstance(content, dict) else {}, inputs)
+    if changed:
+        print(f"\n{stage} again: {'; '.join(changed)}", flush=True)
+    return bool(changed)
 
 
 def _train(parent: Parent, each: Listed, kind: Kind, title: str) -> int | None:
@@ -166,8 +178,6 @@ def _measure(parent: Parent, listed: list[Listed], kinds: list[Kind]) -> int | N
     """Pruned models, or trainings of them, on held-out text."""
     files, subjects = WorkFiles(parent.config.work_dir), []
     for each in listed:
-        subjects.append(to_subject("pruned", each.candidate, parent.model, files.pruned(each.candidate.name), 0))
-        for kind in kinds:
-            run_of = training_run(parent, each.candidate, kind)
-            subjects.append(to_subject(kind, each.candidate, parent.model, run_of.run_dir, run_of.total_tokens))
+        subjects.append(to_subject(parent, "pruned", each.candidate, files.pruned(each.candidate.name)))
+        subjects += [to_subject(parent, kind, each.candidate, files.run_dir(kind, each.candidate.name)) for kind in kinds]
     return measure_results(parent, subjects)

@@ -232,7 +232,8 @@ def _grid_points(
     ranges = [np.arange(first, last + 1) for first, last in (count_range(parent, search, kind) for kind in _KINDS)]
     counts = dict(zip(_KINDS, np.meshgrid(*ranges, indexing="ij"), strict=True))
     num_layers = sum(counts.values())
-    is_candidate = num_layers > 0
+    # Without MLP layers their width says nothing: counted once.
+    is_candidate = (num_layers > 0) & ((counts[MLP] > 0) | (ffn == ffn_choices(parent, search)[0]))
     if is_whole(parent, widths) and (ffn == parent.ffn_hidden_size or MLP not in parent.layer_kinds):
         is_candidate &= num_layers < parent.num_layers
     return counts, is_candidate, {name: cost.of_counts(counts, ffn) for name, cost in costs.items()}

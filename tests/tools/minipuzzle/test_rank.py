@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_hybrid.data.build import build_validation_streams
 from tests.runs import small_run, write_corpus
 from tools.minipuzzle.config import SearchConfig
-from tools.minipuzzle.rank import quality_key, repeated_text
+from tools.minipuzzle.rank import best_first, repeated_text
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,17 @@ def test_ranking_is_by_accuracy_and_agreement_unless_one_is_asked_for() -> None:
     default = SearchConfig().rank_by
 
     def first(rank_by: str) -> str:
-        return max(models, key=lambda name: quality_key(models[name], rank_by))
+        best = best_first(models.values(), rank_by)[0]
+        return next(name for name, model in models.items() if model == best)
 
     assert default == "accuracy_and_agreement" and first(default) == "agrees"
     assert (first("accuracy"), first("agreement"), first("loss")) == ("hits", "agrees", "low loss")
 
 
 def test_of_equals_the_lower_loss_is_first() -> None:
+    low, high = Measured(1.9, 0.5, 0.5), Measured(2.0, 0.5, 0.5)
     for rank_by in ("accuracy_and_agreement", "accuracy", "agreement"):
-        assert quality_key(Measured(1.9, 0.5, 0.5), rank_by) > quality_key(Measured(2.0, 0.5, 0.5), rank_by)
+        assert best_first([high, low], rank_by) == [low, high]
 
 
 def test_text_that_is_read_over_and_over_is_warned_of(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def work(parent_folder: Path, rank_pool) -> WorkFiles:
 def test_every_stage_leaves_its_file(parent_folder: Path, work: WorkFiles) -> None:
     parent = find_parent(compression(parent_folder))
     assert load_scores(work.scores).checkpoint == parent.digest
-    listed = load_candidates(work, parent.model)
+    listed = load_candidates(parent)
     chosen = chosen_candidates(parent)
     assert len(chosen) == 2 and sum(each.is_exact for each in listed) == 1
     results = load_results(work)
@@ -74,7 +74,7 @@ def test_every_stage_leaves_its_file(parent_folder: Path, work: WorkFiles) -> No
     assert sorted(kinds) == sorted(["parent", "pruned", "pruned", "short", "short", "long", "finetune", "scratch"])
     long = results.find("long", results.winner)
     assert long.tokens == results.find("scratch", results.winner).tokens == results.find("finetune", results.winner).tokens == 1280
-    assert results.recovered("long") is not None and [each.kind for each in results.speeds] == ["parent", "long"]
+    assert results.cost_of_pruning() is not None and [each.kind for each in results.speeds] == ["parent", "long"]
     page = work.report.read_text()
     for name in ("importance", "candidates", "layers", "loss"):
         assert f'src="report/{name}.png"' in page and (work.work_dir / f"report/{name}.png").stat().st_size > 5000
@@ -143,7 +143,7 @@ def test_the_candidates_file_may_be_edited(parent_folder: Path, work: WorkFiles)
         content["candidates"][0]["candidate"]["layers"].append(99)
         work.candidates.write_text(json.dumps(content))
         with pytest.raises(ValueError, match="candidate 0: layers must be numbers of the parent's 8 layers"):
-            load_candidates(work, parent.model)
+            load_candidates(parent)
     finally:
         work.candidates.write_text(before)
 
@@ -274,10 +274,10 @@ def test_latency_is_measured_and_kept_to(parent_folder: Path, work: WorkFiles, t
     latency = load_latency(WorkFiles(tmp_path).latency)
     (times,) = latency.times
     assert latency.context_tokens == 64 and min(times.fixed, times.attention, times.mamba, times.mlp(96)) > 0
-    listed = load_candidates(WorkFiles(tmp_path), find_parent(config).model)
+    listed = load_candidates(find_parent(config))
     whole = max(listed, key=lambda each: (len(each.candidate.layers), each.candidate.ffn_hidden_sizes))
-    expected = times.fixed + 3 * times.mamba + 2 * times.attention + 3 * times.mlp(96)
+    expected = times.fixed + 3 * times.mamba + 2 * times.attention + 3 * times.mlp(48)
     assert whole.latency_ms == pytest.approx(expected)
     tight = compression(parent_folder, work_dir=tmp_path, search={**options, "latency": {"limit_ms": 0.5 * times.fixed}})
-    with pytest.raises(ValueError, match="nothing in the grid fits search.latency.limit_ms"):
+    with pytest.raises(ValueError, match=r"nothing fits search.latency.limit_ms=\S+: the fastest that the grid reaches takes"):
         search(tight)

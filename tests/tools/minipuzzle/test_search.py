@@ -148,6 +148,7 @@ def test_estimated_memory_is_the_candidates_own() -> None:
     for each in found:
         expected = model_memory(each.candidate.model(wide), search.memory).total_gib
         assert each.memory_gib == pytest.approx(expected, rel=1e-12), each.candidate.describe(wide)
+    assert len({each.candidate for each in found}) == len(found)
     kinds = [set(each.candidate.pattern(wide)) for each in found]
     assert {"*"} in kinds and {"M"} in kinds and {"M", "*", "-"} in kinds
 
