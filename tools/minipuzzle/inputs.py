@@ -145,11 +145,10 @@ def _device_name(runtime: RuntimeConfig) -> str:
     return device_name(torch.device("cuda", 0) if has_cuda else torch.device("cpu"))
 
 
-def _flat(inputs: Inputs, prefix: str = "") -> Inputs:
-    flat: Inputs = {}
-    for name, value in inputs.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def _flat(value: Any, name: str = "") -> Inputs:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {flat: leaf for key, inner in value.items() for flat, leaf in _flat(inner, f"{name}.{key}" if name else key).items()}
 
 
 def _text(inputs: Inputs, name: str) -> str:

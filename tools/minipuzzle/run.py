@@ -24,7 +24,7 @@ from tools.minipuzzle.parent import Parent, find_parent
 from tools.minipuzzle.rank import Listed, load_candidates, quality_key, read_candidates, scores_for, search
 from tools.minipuzzle.results import choose_winner, current_results, measure_results, measure_speed, save_results, summarise, to_subject
 from tools.minipuzzle.score import score
-from tools.minipuzzle.scores import load_scores, read_json, require_same_checkpoint
+from tools.minipuzzle.scores import read_json
 
 
 def run(config: MiniPuzzleConfig, until: Stage = "report") -> int:
@@ -82,8 +82,7 @@ def prune_chosen(parent: Parent) -> list[Listed]:
 
     files = WorkFiles(parent.config.work_dir)
     chosen = chosen_candidates(parent)
-    scores = load_scores(files.scores)
-    require_same_checkpoint(scores, parent.digest, files.scores)
+    scores = scores_for(parent, files)
     layout = Layout(parent.config.parallel.tensor, parent.config.parallel.pipeline)
     for each in chosen:
         prune(NativeSource(parent.weights), each.candidate, scores, files.pruned(each.candidate.name), layout)
@@ -156,8 +155,7 @@ def _is_to_do(stage: Stage, file: Path, inputs: Inputs) -> bool:
     if not file.exists():
         print(f"\n{stage}", flush=True)
         return True
-    content = read_json(file, "remove it and run again")
-    changed = differences(content.get("made_from", {}) if isinstance(content, dict) else {}, inputs)
+    changed = differences(read_json(file, "remove it and run again").get("made_from", {}), inputs)
     if changed:
         print(f"\n{stage} again: {'; '.join(changed)}", flush=True)
     return bool(changed)
