@@ -100,7 +100,7 @@ def training_inputs(parent: Parent, run: RunConfig, *, is_distilled: bool) -> In
         "tokens": run.total_tokens,
         "optimizer": run.optimizer.model_dump(mode="json"),
         "schedule": run.schedule.model_dump(mode="json"),
-        "fp8": run.fp8.model_dump(mode="json"),
+        "fp8": run.fp8.model_dump(mode="json", exclude={"telemetry_every_steps", "shadow_every_steps"}),
     }
     if is_distilled:
         assert parent.config.distill is not None
