@@ -96,7 +96,7 @@ def check_trainings(parent: Parent, names: Iterable[str]) -> None:
         ValueError: names the training and the options.
     """
     for kind in planned_kinds(parent):
-        run = _build_run(parent, kind, parent.model, "any", None, parallel=parent.config.parallel.model_copy(update={"stages": None}))
+        run = _build_run(parent, kind, parent.model, "NAME", None, parallel=parent.config.parallel.model_copy(update={"stages": None}))
         for name in names:
             directory = WorkFiles(parent.config.work_dir).run_dir(kind, name)
             _require_same_training(directory, training_inputs(parent, run, is_distilled=kind in DISTILLED))

@@ -100,7 +100,7 @@ def training_inputs(parent: Parent, run: RunConfig, *, is_distilled: bool) -> In
         "tokens": run.total_tokens,
         "optimizer": run.optimizer.model_dump(mode="json"),
         "schedule": run.schedule.model_dump(mode="json"),
-        "fp8": run.fp8.model_dump(mode="json"),
+        "fp8": run.fp8.model_dump(mode="json", exclude={"telemetry_every_steps", "shadow_every_steps"}),
     }
     if is_distilled:
         assert parent.config.distill is not None
@@ -145,11 +145,10 @@ def _device_name(runtime: RuntimeConfig) -> str:
     return device_name(torch.device("cuda", 0) if has_cuda else torch.device("cpu"))
 
 
-def _flat(inputs: Inputs, prefix: str = "") -> Inputs:
-    flat: Inputs = {}
-    for name, value in inputs.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def _flat(value: Any, name: str = "") -> Inputs:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {flat: leaf for key, inner in value.items() for flat, leaf in _flat(inner, f"{name}.{key}" if name else key).items()}
 
 
 def _text(inputs: Inputs, name: str) -> str:

@@ -66,6 +66,11 @@ class LatencyModel:
             "remove latency.json and search again"
         )
 
+    def covers(self, model: ModelConfig) -> bool:
+        """Whether layers of its widths were measured."""
+        own = (model.hidden_size, model.mamba_num_heads, model.mamba_head_dim)
+        return any((times.hidden_size, times.mamba_num_heads, times.mamba_head_dim) == own for times in self.times)
+
     def predict(self, model: ModelConfig) -> float:
         """Return the milliseconds of a decoding step of a whole model.
 

@@ -19,7 +19,7 @@ from megatron_hybrid.substrate.place import place_from_environment
 from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.config import MiniPuzzleConfig
 from tools.minipuzzle.files import WorkFiles
-from tools.minipuzzle.inputs import Inputs, differences, latency_inputs, require_same, search_inputs
+from tools.minipuzzle.inputs import Inputs, differences, latency_inputs, require_same, scoring_inputs, search_inputs
 from tools.minipuzzle.latency import load_latency, save_latency
 from tools.minipuzzle.memory import model_memory
 from tools.minipuzzle.parent import Parent, find_parent
@@ -65,7 +65,7 @@ def search(config: MiniPuzzleConfig) -> int:
     scores = scores_for(parent, files)
     latency = None
     if config.search.latency.limit_ms is not None:
-        if not _holds_times(files, parent):
+        if not holds_times(files, parent):
             code = run_on_ranks(LatencyEntry(config), parent.timing_run(config.work_dir))
             if code or place_from_environment(os.environ).launcher != "plain":
                 # Ranks that a launcher started meet once; the next start finds the times.
@@ -95,13 +95,14 @@ def scores_for(parent: Parent, files: WorkFiles) -> Scores:
     """Return the scores of a parent: from the score stage, or made up for a preset that has none.
 
     Raises:
-        ValueError: there are none, or they are of other weights or another model.
+        ValueError: there are none, or they are of other weights, another model or other options.
     """
     if parent.checkpoint is None and not files.scores.exists():
         return synthetic_scores(parent.model, parent.config.seed)
     scores = load_scores(files.scores)
     if parent.checkpoint is not None:
         require_same_checkpoint(scores, parent.digest, files.scores)
+        require_same(scores.made_from, scoring_inputs(parent), files.scores, "Score again, or go back to what they were made from")
     elif scores.model != parent.model.architecture():
         raise ValueError(f"{files.scores} scores another model than {parent.config.parent}; remove it, or choose another work_dir")
     return scores
@@ -121,7 +122,9 @@ def load_candidates(parent: Parent) -> list[Listed]:
     """
     files = WorkFiles(parent.config.work_dir)
     scores, content = scores_for(parent, files), read_candidates(files)
-    require_same(content["made_from"], search_inputs(parent, scores), files.candidates, "Search again, or go back to what it was made from")
+    require_same(
+        content.get("made_from", {}), search_inputs(parent, scores), files.candidates, "Search again, or go back to what it was made from"
+    )
     return [
         parse_candidate(line, parent, scores, f"{files.candidates}, candidate {number}")
         for number, line in enumerate(content["candidates"])
@@ -129,14 +132,14 @@ def load_candidates(parent: Parent) -> list[Listed]:
 
 
 def read_candidates(files: WorkFiles) -> dict[str, Any]:
-    """Return the stage's file as it is: ``made_from``, and ``candidates``, one mapping each.
+    """Return the stage's file as it is: ``candidates``, one mapping each, and ``made_from``.
 
     Raises:
         ValueError: it is missing, or something else is in it.
     """
     content = read_json(files.candidates, "run the search stage first")
-    if not isinstance(content, dict) or not isinstance(content.get("candidates"), list) or not isinstance(content.get("made_from"), dict):
-        raise ValueError(f"{files.candidates} must be a mapping with made_from and a list of candidates; search again")
+    if not isinstance(content.get("candidates"), list):
+        raise ValueError(f"{files.candidates} must have a list of candidates; search again")
     for number, line in enumerate(content["candidates"]):
         if not isinstance(line, dict) or "candidate" not in line:
             raise ValueError(f"{files.candidates}, candidate {number}: expected a mapping with candidate, and chosen: true if it is pruned")
@@ -174,7 +177,7 @@ def parse_candidate(line: dict[str, Any], parent: Parent, scores: Scores, source
     return Listed(candidate, **marks, chosen=chosen, **figures)
 
 
-def _holds_times(files: WorkFiles, parent: Parent) -> bool:
+def holds_times(files: WorkFiles, parent: Parent) -> bool:
     """Whether there are times of layers, measured on this device and in the setting that is asked for."""
     return files.latency.exists() and not differences(load_latency(files.latency).made_from, latency_inputs(parent))
 

@@ -22,9 +22,9 @@ from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.inputs import Inputs, differences, scoring_inputs, search_inputs
 from tools.minipuzzle.parent import Parent, find_parent
 from tools.minipuzzle.rank import Listed, best_first, load_candidates, quality_key, read_candidates, scores_for, search
-from tools.minipuzzle.results import choose_winner, current_results, measure_results, measure_speed, save_results, summarise, to_subject
+from tools.minipuzzle.results import choose_winner, current_results, measure_results, measure_speed, save_results, to_subject
 from tools.minipuzzle.score import score
-from tools.minipuzzle.scores import load_scores, read_json, require_same_checkpoint
+from tools.minipuzzle.scores import read_json
 
 
 def run(config: MiniPuzzleConfig, until: Stage = "report") -> int:
@@ -65,6 +65,40 @@ def distill(config: MiniPuzzleConfig) -> int:
     return ExitCode.FINISHED
 
 
+def report(config: MiniPuzzleConfig) -> int:
+    """Run the report stage: time decoding where that is to do, and write the page; return the exit code.
+
+    Raises:
+        ValueError: there are no candidates yet, or something does not fit.
+    """
+    require_no_ranks("report")
+    return next((code for code in _report(find_parent(config)) if code), ExitCode.FINISHED)
+
+
+def prune(config: MiniPuzzleConfig) -> int:
+    """Run the prune stage; return the exit code.
+
+    Raises:
+        ValueError: none is chosen, or something does not fit.
+    """
+    require_no_ranks("prune")
+    prune_chosen(find_parent(config))
+    return ExitCode.FINISHED
+
+
+def require_no_ranks(verb: str) -> None:
+    """Refuse ranks for a stage that one process does: several would write the same files.
+
+    Raises:
+        ValueError: torchrun or srun started this process.
+    """
+    if is_launched():
+        raise ValueError(
+            f"{verb} is the work of one process, and torchrun or srun would have every rank do it; call it without: "
+            f"python -m tools.minipuzzle {verb} CONFIG"
+        )
+
+
 def is_launched() -> bool:
     """Whether torchrun or srun started this process as one of several ranks."""
     return place_from_environment(os.environ).launcher != "plain"
@@ -78,15 +112,14 @@ def prune_chosen(parent: Parent) -> list[Listed]:
     """
     from megatron_hybrid.convert.native import NativeSource
     from megatron_hybrid.convert.target import Layout
-    from tools.minipuzzle.prune import prune
+    from tools.minipuzzle.prune import prune as prune_one
 
     files = WorkFiles(parent.config.work_dir)
     chosen = chosen_candidates(parent)
-    scores = load_scores(files.scores)
-    require_same_checkpoint(scores, parent.digest, files.scores)
+    scores = scores_for(parent, files)
     layout = Layout(parent.config.parallel.tensor, parent.config.parallel.pipeline)
     for each in chosen:
-        prune(NativeSource(parent.weights), each.candidate, scores, files.pruned(each.candidate.name), layout)
+        prune_one(NativeSource(parent.weights), each.candidate, scores, files.pruned(each.candidate.name), layout)
     return chosen
 
 
@@ -141,14 +174,21 @@ def _stages(parent: Parent, until: Stage) -> Iterator[int | None]:
     yield from distill_all(parent)
     if until == "distill":
         return
-    results = current_results(parent)
-    if not results.speeds:
-        winner = next(each for each in chosen if each.candidate.name == results.winner)
-        yield measure_speed(parent, winner.candidate)
+    yield from _report(parent)
+
+
+def _report(parent: Parent) -> Iterator[int | None]:
+    """The page; once the winner is trained, decoding of it and of its parent is timed first."""
     from tools.minipuzzle.report import write_report
 
-    page = write_report(parent)
-    print("\n" + "\n".join([*summarise(current_results(parent)), str(page)]), flush=True)
+    results = current_results(parent)
+    if results.find("long", results.winner) is not None and not results.speeds:
+        winner = next(each for each in chosen_candidates(parent) if each.candidate.name == results.winner)
+        # A model that does not fit one rank cannot be timed, and has its page all the same.
+        write_report(parent)
+        print("time decoding of parent and child on one rank of this device", flush=True)
+        yield measure_speed(parent, winner.candidate)
+    print("\n" + "\n".join(write_report(parent)), flush=True)
 
 
 def _is_to_do(stage: Stage, file: Path, inputs: Inputs) -> bool:
@@ -156,8 +196,7 @@ def _is_to_do(stage: Stage, file: Path, inputs: Inputs) -> bool:
     if not file.exists():
         print(f"\n{stage}", flush=True)
         return True
-    content = read_json(file, "remove it and run again")
-    changed = differences(content.get("made_from", {}) if isinstance(content, dict) else {}, inputs)
+    changed = differences(read_json(file, "remove it and run again").get("made_from", {}), inputs)
     if changed:
         print(f"\n{stage} again: {'; '.join(changed)}", flush=True)
     return bool(changed)

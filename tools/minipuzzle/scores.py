@@ -193,14 +193,17 @@ def vectors_path(file: Path) -> Path:
     return file.with_suffix(".safetensors")
 
 
-def read_json(file: Path, advice: str) -> Any:
+def read_json(file: Path, advice: str) -> dict[str, Any]:
     """Return a stage's file.
 
     Raises:
-        ValueError: it is missing (the message gives ``advice``) or no JSON.
+        ValueError: it is missing (the message gives ``advice``), or no JSON with a mapping.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("expected a mapping")
+        return content
     except FileNotFoundError:
         raise ValueError(f"{file} is not there; {advice}") from None
     except (OSError, ValueError) as error:
