@@ -191,6 +191,8 @@ class BaselineConfig(Section):
     """The same architecture, trained from random weights."""
     finetune: bool = False
     """The same pruned weights, trained on next tokens without a teacher."""
+    finetune_optimizer: OptimizerConfig | None = None
+    """Optimizer of the fine-tuning, which wants a lower rate than the parent's was. Unset: distill.optimizer."""
     scratch_optimizer: OptimizerConfig | None = None
     """Optimizer of the run from scratch, which bears a higher rate. Unset: distill.optimizer."""
 

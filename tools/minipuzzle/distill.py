@@ -123,9 +123,9 @@ def _build_run(parent: Parent, kind: Kind, model: ModelConfig, name: str, start:
     tokens = options.short_tokens if kind == "short" else options.long_tokens
     tokens_per_step = parent.batch.global_batch_size * parent.data.sequence_length
     steps = -(-tokens // tokens_per_step)
-    optimizer: OptimizerConfig = options.optimizer
-    if kind == "scratch":
-        optimizer = parent.config.baselines.scratch_optimizer or optimizer
+    baselines = parent.config.baselines
+    own: dict[Kind, OptimizerConfig | None] = {"finetune": baselines.finetune_optimizer, "scratch": baselines.scratch_optimizer}
+    optimizer = own.get(kind) or options.optimizer
     return parent.build_run(
         files.run_dir(kind, name),
         model,
