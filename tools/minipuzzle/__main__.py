@@ -15,6 +15,7 @@ _EPILOG = """examples:
   python -m tools.minipuzzle score run.yaml parallel.tensor=2 score.layer_samples=32
   torchrun --nproc-per-node 8 -m tools.minipuzzle score run.yaml parallel.tensor=8
 
+report times decoding of parent and winner first, where that is not done, on the device that it is called on.
 Every stage leaves a file in work_dir that the next one reads: scores.json, candidates.json, pruned/NAME, short/NAME, long/NAME,
 results.json, report.html. docs/minipuzzle.md says what is in them and what may be edited.
 """
