@@ -8,14 +8,15 @@ from typing import Any
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.contract import TeacherFacts
 
+_NOT_TARGETS = {"name", "slice_size", "spatial_loss", "spatial_weight", "summary_weight"}
+"""Options of a teacher that leave its features, and what is gathered of them, as they are: it may be run and matched otherwise."""
+
 
 def describe_data(run: VisionConfig, facts: Mapping[str, TeacherFacts], images: dict[str, Any]) -> dict[str, Any]:
     """What decides the samples (``images``) and the targets, as plain JSON."""
     teachers = {
-        teacher.name: {
-            "model": f"{teacher.library}:{teacher.model}:{teacher.weights}:{teacher.seed}:{teacher.output_scale}",
-            "view": teacher.view,
-            "standardizer": teacher.standardizer,
+        teacher.name: teacher.model_dump(mode="json", exclude=_NOT_TARGETS)
+        | {
             "spatial_channels": facts[teacher.name].spatial_channels,
             "summary_channels": facts[teacher.name].summary_channels,
         }
