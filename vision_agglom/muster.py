@@ -23,14 +23,14 @@ def muster_teachers(run: VisionConfig, substrate: Substrate, load: LoadTeacher) 
     Raises:
         ValueError: a teacher cannot be loaded, has no summary where one is to be learned, or takes no images of a side it will be shown.
     """
-    dtype = torch.bfloat16 if run.train.teacher_precision == "bf16" else torch.float32
+    dtype = _dtype(run)
     teachers: dict[str, Teacher] = {}
     with failing_together(substrate.control_group):
         if substrate.pipeline_rank == substrate.pipeline_size - 1:
             teachers = {teacher.name: load(teacher, substrate.device, dtype) for teacher in run.teachers}
     all_facts = gather({name: teacher.facts for name, teacher in teachers.items()}, substrate.control_group)
     facts = next(of_rank for of_rank in all_facts if of_rank)
-    _check(run, facts)
+    check_facts(run, facts)
     duties = _divide(run, facts, teachers, substrate)
     if duties is not None:
         own = {duty.teacher for duty in duties[substrate.data_rank]}
@@ -38,7 +38,25 @@ def muster_teachers(run: VisionConfig, substrate: Substrate, load: LoadTeacher) 
     return TeacherPanel(run.teachers, facts, teachers, substrate, duties, dtype)
 
 
-def _check(run: VisionConfig, facts: Mapping[str, TeacherFacts]) -> None:
+def load_facts(run: VisionConfig, load: LoadTeacher) -> dict[str, TeacherFacts]:
+    """Facts of a run's teachers, each of them loaded on the CPU, asked and let go again.
+
+    Raises:
+        ValueError: a teacher cannot be loaded.
+    """
+    return {teacher.name: load(teacher, torch.device("cpu"), _dtype(run)).facts for teacher in run.teachers}
+
+
+def _dtype(run: VisionConfig) -> torch.dtype:
+    return torch.bfloat16 if run.train.teacher_precision == "bf16" else torch.float32
+
+
+def check_facts(run: VisionConfig, facts: Mapping[str, TeacherFacts]) -> None:
+    """Refuse a run whose teachers cannot do what it asks of them.
+
+    Raises:
+        ValueError: a teacher has no summary where one is to be learned, or takes no images of a side that it will be shown.
+    """
     for teacher in run.teachers:
         if facts[teacher.name].summary_channels is None and teacher.summary_loss != "none":
             raise ValueError(f"teacher {teacher.name!r} has no summary; set its summary_loss=none")

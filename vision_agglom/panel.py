@@ -44,7 +44,7 @@ def plan_showing(teacher: DistilledTeacherConfig, facts: TeacherFacts, student_s
         if teacher.view == "match" and facts.fixed_resolution and side != facts.resolution:
             raise ValueError(
                 f"teacher {teacher.name!r} takes images of {facts.resolution} pixels only, and for {student_side} patches a side, as the "
-                f"student has, it would need {side}; use view=own (resized images) or view=mosaic"
+                f"student has, it would need {side}; use view=own (resized images) or view=mosaic, or sides=any where the model can"
             )
         if teacher.view == "mosaic" and side > facts.resolution:
             raise ValueError(
