@@ -228,8 +228,14 @@ class Trainer:
 
     def _load_weights(self) -> None:
         path = self.run.checkpoint.initialize_from
-        check_header(read_header(path), model=self.task.architecture())
-        self._take_weights(load(path, {"model": self._sharded_model()}, group=self.substrate.control_group)["model"])
+        header = read_header(path)
+        check_header(header, model=self.task.architecture())
+        state = self.task.weight_state(header["data"]) if isinstance(self.task, StatefulTask) else {}
+        wanted = {"model": self._sharded_model()} | ({"task": state} if state else {})
+        loaded = load(path, wanted, group=self.substrate.control_group)
+        self._take_weights(loaded["model"])
+        if isinstance(self.task, StatefulTask):
+            self.task.take_weight_state(loaded.get("task", {}))
         # The fp32 masters were made from what stood in the weights before.
         self.optimizer.reload_model_params()
         _log.info("initialised the weights from %s", path)

@@ -106,3 +106,21 @@ def test_bad_input_is_one_error(arguments: list[str], finding: str, config: Path
 def test_evaluate_needs_a_run_directory(tmp_path: Path) -> None:
     code, _, err = command(["evaluate", str(tmp_path)])
     assert code == 2 and "is no run directory" in err
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "finding"),
+    [
+        ("out", ["--image-side", "100"], "--image-side: 100 is no multiple of student.patch_size=16; choose 96 or 112"),
+        ("out", ["--image-side", "0"], "--image-side: 0 is no multiple of student.patch_size=16; choose 16"),
+        ("out", ["--image-side", "256"], "--image-side: 256 exceeds student.max_image_size=128"),
+        ("run.yaml", [], "is a file; name a folder"),
+        ("run.yaml/below", [], "is a file; name a folder"),
+    ],
+)
+def test_export_refuses_before_it_reads_a_checkpoint(output: str, options: list[str], finding: str, config: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "run.yaml"):
+        (tmp_path / name).write_text(config.read_text())
+    code, _, err = command(["export", str(tmp_path), str(tmp_path / output), *options])
+    assert code == 2 and finding in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import pytest
 from tests.vision_agglom.small import FACTS, small_vision_run
 from vision_agglom.config.distill import DistilledTeacherConfig
 from vision_agglom.config.schema import VisionConfig
-from vision_agglom.fingerprint import describe_data, require_same
+from vision_agglom.fingerprint import describe_data, require_same, same_teachers
 
 CHANGES: dict[str, Any] = {
     "library": "transformers",
@@ -71,3 +71,10 @@ def test_what_leaves_targets_as_they_are_may_change(option: str, run: VisionConf
 
 def test_every_option_is_one_or_the_other() -> None:
     assert set(CHANGES) | set(HARMLESS) | {"name"} == set(DistilledTeacherConfig.model_fields)
+
+
+@pytest.mark.parametrize(("option", "is_same"), [("options", False), ("revision", False), ("view", True), ("standardizer", True)])
+def test_heads_are_kept_for_the_same_model_however_it_is_shown(option: str, is_same: bool, run: VisionConfig) -> None:
+    other = describe_data(with_first_teacher(run, **{option: CHANGES[option]}), FACTS, {"seed": 1})
+    assert ("clip" in same_teachers(saved(run), other)) == is_same
+    assert "dino" in same_teachers(saved(run), other)
