@@ -16,13 +16,13 @@ import argparse
 import os
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.quickstart.demo import NOT_LIBRARY, ROOT, environment, library_paths, run
-from megatron_hybrid.config import RunConfig, load_config
+from benchmarks.python_text import prepare_text
+from examples.quickstart.demo import ROOT, environment, run
+from megatron_hybrid.config import load_config
 from tools.minipuzzle.config import load_minipuzzle
 
 _POLL_S = 5.0
@@ -65,39 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = write_comparison(comparison, work_dir)
     print(f"\n{comparison_table(comparison)}\n\n{page}\n{time.monotonic() - started_s:.0f} s in this call", flush=True)
     return 0
-
-
-def prepare_text(parent: RunConfig, text_mb: float) -> int:
-    """Make the parent's tokenizer and corpus where they are not there; return the exit code of the first step that fails."""
-    ((_, corpus),) = parent.data.sources.items()
-    assert parent.data.tokenizer is not None
-    tokenizer = parent.data.tokenizer.path
-    text = ["--glob", "*.py", "--input", *python_text(text_mb)]
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    code = 0
-    if not tokenizer.exists():
-        vocab_size = str(parent.model.vocab_size)
-        code = run("tools.train_tokenizer", "--vocab-size", vocab_size, "--max-mb", "16", "--output", str(tokenizer), *text)
-    if not code and not corpus.with_name(corpus.name + ".json").exists():
-        workers = str(os.cpu_count() or 1)
-        options = ["--tokenizer", str(tokenizer), "--output", str(corpus), "--holdout", "0.02", "--workers", workers]
-        code = run("tools.preprocess_data", *options, *text)
-    return code
-
-
-def python_text(text_mb: float) -> list[str]:
-    """Folders and files of Python text: the standard library, then installed packages by name, until there is ``text_mb`` MB of it."""
-    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    taken: list[str] = []
-    size_bytes = 0
-    for path in [*library_paths(library), *sorted(str(path) for path in packages.iterdir() if path.name not in NOT_LIBRARY)]:
-        if size_bytes >= text_mb * 1e6:
-            break
-        files = [Path(path)] if path.endswith(".py") else list(Path(path).rglob("*.py"))
-        if files:
-            taken.append(path)
-            size_bytes += sum(file.stat().st_size for file in files)
-    return taken
 
 
 def run_together(plans: Sequence[list[str]], work_dirs: Sequence[Path], jobs: int) -> int:
