@@ -119,10 +119,10 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one option of ``tree``, given as "a.b=value" with the value in YAML.
+    """Set one option of ``tree``, given as "a.b=value" with the value in YAML; an item of a list goes by its number, "a.0.b=value".
 
     Raises:
-        ConfigError: it is not of that form, or names something below a plain value.
+        ConfigError: it is not of that form, names something below a plain value, or an item that a list does not have.
     """
     name, equals, text = override.partition("=")
     parts = name.split(".")
@@ -133,20 +133,34 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except ConfigError:
         quoted = f"{name}='\"{text}\"'"
         raise refuse(f"override {override!r}", [f"the value is not valid YAML; if it is meant as text, quote it: {quoted}"]) from None
-    group = tree
-    for depth, part in enumerate(parts[:-1], start=1):
-        below = group.get(part)
+    group: Any = tree
+    for depth, part in enumerate(parts, start=1):
+        key = _key_below(group, part, parts[: depth - 1], override)
+        if depth == len(parts):
+            group[key] = value
+            return
+        below = group[key] if isinstance(group, list) else group.get(key)
         if depth == 1 and part == "model" and isinstance(below, str):
             below = {"preset": below}
         if below is None:
             below = {}
-        if not isinstance(below, dict):
-            above = ".".join(parts[:depth])
-            hint = f"; give the list as a whole: {above}=[...]" if isinstance(below, list) else ""
-            raise refuse(f"override {override!r}", [f"{above!r} holds {below!r} and has no options below it{hint}"])
-        group[part] = below
+        group[key] = below
         group = below
-    group[parts[-1]] = value
+
+
+def _key_below(group: Any, part: str, above: list[str], override: str) -> str | int:
+    """``part`` as a key of what stands at ``above``: a name in a mapping, a number in a list."""
+    where = ".".join(above)
+    if isinstance(group, dict):
+        return part
+    if not isinstance(group, list):
+        raise refuse(f"override {override!r}", [f"{where!r} holds {group!r} and has no options below it"])
+    if not part.isdecimal() or int(part) >= len(group):
+        numbers = f"a number from 0 to {len(group) - 1}" if group else "no number, since it is empty"
+        raise refuse(
+            f"override {override!r}", [f"{where!r} is a list: expected {numbers}, got {part!r}; or give it as a whole: {where}=[...]"]
+        )
+    return int(part)
 
 
 def _resolve_preset(model: Any, source: str) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from examples.radio.demo import describe_results
 from tests.vision_agglom.teachers.conftest import TWINS
 from vision_agglom.__main__ import main
 
@@ -70,6 +71,9 @@ def test_trains_evaluates_and_exports(config: Path, run_ranks) -> None:
     assert code == 0, err
     assert "fidelity at" in out
     assert {path.name for path in run_dir.iterdir()} >= {"evaluation.json", "evaluation.png", "features.png"}
+    # The demo ends with the pictures that are there, the curves over resolution among them.
+    assert all(str(picture) in describe_results(str(run_dir)) for picture in run_dir.glob("*.png"))
+    assert str(run_dir / "evaluation.png") in out
     ((code, out, err),) = run_ranks(command, 1, ["export", str(run_dir), str(config.parent / "out"), "--formats", "hub", "transformers"])
     assert code == 0, err
     assert (config.parent / "out" / "radio.pth").exists() and (config.parent / "out" / "transformers" / "config.json").exists()

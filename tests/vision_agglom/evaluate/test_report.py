@@ -15,7 +15,7 @@ from megatron_hybrid.substrate.groups import initialize, shutdown
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.evaluate.knn import accuracy, knn_predict
 from vision_agglom.evaluate.pictures import draw_curves, draw_features
-from vision_agglom.evaluate.report import Evaluation, Report, format_report
+from vision_agglom.evaluate.report import CONTROL, Evaluation, Report, format_report
 from vision_agglom.evaluate.zero_shot import embed_classes, load_text_tower, zero_shot_predict
 from vision_agglom.images.labelled import read_labelled
 from vision_agglom.images.open_source import open_source
@@ -104,7 +104,8 @@ def test_the_report_is_what_its_parts_say(run_ranks: Callable[..., list[Any]], r
     assert list(report.curves["clip"]) == [16, 32, 64] and list(report.equivariance) == [16, 64]
     assert report.curves["sam"][32] == pytest.approx(report.spatial["sam"])
     assert set(report.rankme) == {"student", "clip", "sam", "head of clip", "head of sam"}
-    assert set(report.probes) == {"student", "clip"}, "a mosaic's images have no features of their own size"
+    assert set(report.probes) == {"student", "clip", CONTROL}, "a mosaic's images have no features of their own size"
+    assert report.probes[CONTROL]["linear"] == 1.0 > report.probes["student"]["linear"], "the probes find what is there"
     json.dumps(report.to_json())
     for word in ("fidelity", "scale error", "kNN", "zero-shot", "head of clip"[8:]):
         assert word in text
