@@ -65,7 +65,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     if not isinstance(loaded, dict):
         raise ValueError(f"expected a dictionary, got {type(loaded).__name__}")
     args = loaded.get("args", argparse.Namespace())
-    state = next((loaded[key] for key in ("state_dict_ema", "state_dict", "model") if key in loaded), loaded)
+    state = next((loaded[key] for key in ("state_dict_ema", "state_dict", "model") if loaded.get(key) is not None), loaded)
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError("expected a state dict, or a dictionary that holds one as state_dict")
     return dict(state), args
