@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_hybrid.config.errors import ConfigError, explain, nearest, refuse
+from megatron_hybrid.config.float8 import Fp8Config
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.schema import ParallelConfig, RunConfig, check_layout
 from megatron_hybrid.config.section import Section
 from megatron_hybrid.config.yaml_text import format_yaml, parse_yaml
+from megatron_hybrid.layout.float8 import plan_float8
 
 _PRESETS = Path(__file__).with_name("presets")
 
@@ -32,10 +34,13 @@ class PresetConfig(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: SampleConfig = SampleConfig()
+    fp8: Fp8Config = Fp8Config()
 
     @model_validator(mode="after")
     def _check(self) -> PresetConfig:
         check_layout(self.model, self.parallel, self.data.sequence_length)
+        if self.fp8.recipe != "off":
+            plan_float8(self.model, self.parallel.tensor, self.fp8)
         return self
 
 
@@ -63,19 +68,24 @@ def load_section(section: type[_SectionT], source: str | Path, overrides: Sequen
     return _build(section, read_tree(Path(source)), overrides, str(source))
 
 
-def load_model(source: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, ParallelConfig, int]:
-    """Return model, layout and sequence length of a preset (8,192 tokens if no override says otherwise) or of a run's YAML file.
+def load_layout(source: str | Path, overrides: Sequence[str] = ()) -> PresetConfig:
+    """Return what a preset (at 8,192 tokens if no override says otherwise) or a run's YAML file says of a model in a layout.
 
     Raises:
         ConfigError: there is no such preset or file, or it is not valid.
     """
-    config: PresetConfig | RunConfig
     if str(source) in preset_names():
-        config = _build(PresetConfig, {"model": str(source)}, overrides, f"preset {source}")
-    elif Path(source).suffix in (".yaml", ".yml") or Path(source).exists():
-        config = load_config(source, overrides)
-    else:
-        raise refuse(str(source), [f"neither a file nor a preset{_preset_hint(str(source))}"])
+        return _build(PresetConfig, {"model": str(source)}, overrides, f"preset {source}")
+    if Path(source).suffix in (".yaml", ".yml") or Path(source).exists():
+        run = load_config(source, overrides)
+        sample = SampleConfig(sequence_length=run.data.sequence_length)
+        return PresetConfig(model=run.model, parallel=run.parallel, data=sample, fp8=run.fp8)
+    raise refuse(str(source), [f"neither a file nor a preset{_preset_hint(str(source))}"])
+
+
+def load_model(source: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, ParallelConfig, int]:
+    """Return model, layout and sequence length alone of ``load_layout``."""
+    config = load_layout(source, overrides)
     return config.model, config.parallel, config.data.sequence_length
 
 
