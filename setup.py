@@ -60,6 +60,6 @@ setup(
         # Both import torchvision, which must fit the host's torch; CPU hosts need neither.
         "teachers": ["timm==1.0.31", "open_clip_torch==3.3.0"],
         # Triton's interpreter runs the kernels' tests on CPU hosts; a GPU host has the one its torch was built with.
-        "test": ["pytest==9.2.0", "ruff==0.17.6", "safetensors==0.8.0", "triton==3.7.1; platform_system == 'Linux'"],
+        "test": ["pytest==9.2.0", "ruff==0.17.6", "safetensors==0.8.0", "openai==3.57.0", "triton==3.7.1; platform_system == 'Linux'"],
     },
 )
