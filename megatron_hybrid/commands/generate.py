@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.commands.model_arguments import add_model_arguments, load_requested_run
+from megatron_hybrid.interruption import leave_at_once_on
 
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
@@ -146,6 +148,7 @@ def _wishes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _generate(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) -> ExitCode:
     """Load the model and continue every prompt."""
+    leave_at_once_on(signal.SIGINT)
     from megatron_hybrid.generate.load import load_language_model
     from megatron_hybrid.generate.scheduler import Request
     from megatron_hybrid.generate.session import lead
