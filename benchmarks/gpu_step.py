@@ -114,7 +114,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _lengths(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes whole numbers with commas between them, got {text!r}") from None
 
 
 def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, list[RunConfig]]:

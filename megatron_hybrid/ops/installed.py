@@ -25,7 +25,7 @@ def transformer_engine_obstacle() -> str | None:
 
     A build that does not say its version is taken for the supported one.
     """
-    install = f'install "transformer-engine[pytorch]=={SUPPORTED_TRANSFORMER_ENGINE}.0"'
+    install = f'install it by pip install --no-build-isolation "transformer-engine[pytorch]=={SUPPORTED_TRANSFORMER_ENGINE}.0"'
     if not has_transformer_engine():
         return f"needs transformer-engine with its torch part, which is not installed; {install}"
     version = getattr(importlib.import_module("transformer_engine"), "__version__", SUPPORTED_TRANSFORMER_ENGINE)

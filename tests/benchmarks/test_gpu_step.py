@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_step
+from benchmarks import fp8_against_transformer_engine, gpu_step
 from benchmarks.gpu_step import child_words, make_run, parse
 from benchmarks.gpu_step_comparison import compare, length_table, plot_lengths
 
@@ -63,7 +63,7 @@ def test_a_length_that_does_not_divide_the_tokens_is_refused(length: int) -> Non
         (["--fp8-implementation", "nonsense"], "argument --fp8-implementation: invalid choice: 'nonsense'"),
         (["--length", "3000"], "3,000 tokens do not divide the 32,768"),
         (["--lengths", "2048,3000"], "3,000 tokens do not divide the 65,536"),
-        (["--lengths", "2k"], "argument --lengths: invalid _lengths value"),
+        (["--lengths", "2k"], "--lengths: takes whole numbers with commas between them, got '2k'"),
         (["--length", "2048", "--lengths", "4096"], "not allowed with"),
         (["--steps", "0"], "--steps must be 1 or more, got 0"),
         (["--plot", "a.png"], "--plot draws what --lengths gives"),
@@ -88,6 +88,14 @@ def test_what_a_host_lacks_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         parse(["quarter-8b"])
     assert "the peer needs transformer_engine, mamba_ssm, causal_conv1d" in capsys.readouterr().err
     assert parse(["quarter-8b", "--system", "ours"])[0].system == "ours"
+
+
+def test_a_comparison_without_its_peer_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fp8_against_transformer_engine"])
+    monkeypatch.setattr(fp8_against_transformer_engine, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        fp8_against_transformer_engine.main()
+    assert "error: it compares with Transformer Engine, which is not installed" in capsys.readouterr().err
 
 
 def test_a_run_of_its_own_process_is_the_run_asked_for(gpu: None) -> None:
