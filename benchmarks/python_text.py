@@ -1,0 +1,43 @@
+"""Real text for benchmarks that train: Python, as far as this host has it installed."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+from examples.quickstart.demo import NOT_LIBRARY, library_paths, run
+from megatron_hybrid.config import RunConfig
+
+
+def prepare_text(config: RunConfig, text_mb: float) -> int:
+    """Make a run's tokenizer and corpus where they are not there; return the exit code of the first step that fails."""
+    ((_, corpus),) = config.data.sources.items()
+    assert config.data.tokenizer is not None
+    tokenizer = config.data.tokenizer.path
+    text = ["--glob", "*.py", "--input", *python_text(text_mb)]
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    code = 0
+    if not tokenizer.exists():
+        vocab_size = str(config.model.vocab_size)
+        code = run("tools.train_tokenizer", "--vocab-size", vocab_size, "--max-mb", "16", "--output", str(tokenizer), *text)
+    if not code and not corpus.with_name(corpus.name + ".json").exists():
+        workers = str(os.cpu_count() or 1)
+        options = ["--tokenizer", str(tokenizer), "--output", str(corpus), "--holdout", "0.02", "--workers", workers]
+        code = run("tools.preprocess_data", *options, *text)
+    return code
+
+
+def python_text(text_mb: float) -> list[str]:
+    """Folders and files of Python text: the standard library, then installed packages by name, until there is ``text_mb`` MB of it."""
+    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    taken: list[str] = []
+    size_bytes = 0
+    for path in [*library_paths(library), *sorted(str(path) for path in packages.iterdir() if path.name not in NOT_LIBRARY)]:
+        if size_bytes >= text_mb * 1e6:
+            break
+        files = [Path(path)] if path.endswith(".py") else list(Path(path).rglob("*.py"))
+        if files:
+            taken.append(path)
+            size_bytes += sum(file.stat().st_size for file in files)
+    return taken
