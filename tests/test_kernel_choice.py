@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 from unittest import mock
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from megatron_hybrid.config.schema import KernelsConfig, RunConfig
+from megatron_hybrid.fp8.backends import choose_implementation
 from megatron_hybrid.layers import specs
 from megatron_hybrid.layers.specs import (
     OPERATIONS,
@@ -20,6 +23,7 @@ from megatron_hybrid.layers.specs import (
     make_ops,
 )
 from megatron_hybrid.model.build import called_operations
+from megatron_hybrid.ops import installed
 from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
 from tests.fp8.runs import float8_run
 from tests.ops.library_stand_ins import stand_ins
@@ -77,7 +81,8 @@ LIBRARY_CHOICES = [
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A GPU of compute capability 9.0 on a host that has Transformer Engine, as far as a choice can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(installed, "has_transformer_engine", lambda: True)
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
     return torch.device("cuda", 0)
 
 
@@ -114,9 +119,32 @@ def test_libraries_without_fp32_are_refused_for_it(operation: str, library: str,
 def test_transformer_engine_without_its_torch_part_is_refused(
     operation: str, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(specs, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(installed, "has_transformer_engine", lambda: False)
     with pytest.raises(ValueError, match=f"kernels.{operation}=transformer_engine needs transformer-engine with its torch part"):
         choose_implementations(hopper, torch.bfloat16, KernelsConfig(**{operation: "transformer_engine"}))
+
+
+@pytest.mark.parametrize(
+    "version, is_supported", [("2.11.0", True), ("2.11.0+c188b533", True), ("2.12.0", False), ("2.1.1", False), (None, True)]
+)
+def test_another_version_of_transformer_engine_is_refused(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, version: str | None, is_supported: bool
+) -> None:
+    """A build that does not say its version is let through."""
+    if version is not None:
+        sys.modules["transformer_engine"].__version__ = version
+    choices = KernelsConfig(rms_norm="transformer_engine")
+    if is_supported:
+        assert choose_implementations(hopper, torch.bfloat16, choices)["rms_norm"] == "transformer_engine"
+        return
+    with pytest.raises(
+        ValueError, match=f"kernels.rms_norm=transformer_engine needs transformer-engine 2.11, and {version} is installed; install"
+    ):
+        choose_implementations(hopper, torch.bfloat16, choices)
+    with pytest.raises(
+        ValueError, match=f"fp8.implementation=transformer_engine needs transformer-engine 2.11, and {version} is installed"
+    ):
+        choose_implementation("transformer_engine", hopper)
 
 
 def test_libraries_that_do_not_repeat_are_refused_for_deterministic_runs(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

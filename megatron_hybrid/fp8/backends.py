@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_hybrid.fp8.formats import Float8Format, quantize
 from megatron_hybrid.fp8.scaling import new_scale
-from megatron_hybrid.ops.installed import has_transformer_engine
+from megatron_hybrid.ops.installed import transformer_engine_obstacle
 from megatron_hybrid.ops.linear import matmul_nt
 
 _LEAST_CAPABILITY = (8, 9)
@@ -238,11 +238,8 @@ def choose_implementation(implementation: str, device: torch.device) -> str:
     """
     if implementation == "auto":
         implementation = "emulated" if device.type == "cpu" else "cublaslt"
-    if implementation == "transformer_engine" and not has_transformer_engine():
-        raise ValueError(
-            "fp8.implementation=transformer_engine needs transformer-engine with its torch part, which is not installed; "
-            'install "transformer-engine[pytorch]", or set fp8.implementation=auto'
-        )
+    if implementation == "transformer_engine" and (obstacle := transformer_engine_obstacle()):
+        raise ValueError(f"fp8.implementation=transformer_engine {obstacle}, or set fp8.implementation=auto")
     if implementation != "emulated":
         _require_float8_cores(implementation, device)
     return implementation

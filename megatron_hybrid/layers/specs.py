@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from megatron_hybrid.config import KernelsConfig
-from megatron_hybrid.ops.installed import has_transformer_engine
+from megatron_hybrid.ops.installed import transformer_engine_obstacle
 from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
 from megatron_hybrid.ops.rope import apply_rope
 
@@ -63,11 +63,8 @@ def choose_implementations(device: torch.device, dtype: torch.dtype, choices: Ke
 def _require_runs(name: str, implementation: str, device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda" and implementation not in _ANYWHERE:
         raise ValueError(f"kernels.{name}={implementation} needs a GPU, this run is on a CPU; set it to auto, cpu or reference")
-    if implementation == "transformer_engine" and not has_transformer_engine():
-        raise ValueError(
-            f"kernels.{name}=transformer_engine needs transformer-engine with its torch part, which is not installed; "
-            'install "transformer-engine[pytorch]", or set it to auto'
-        )
+    if implementation == "transformer_engine" and (obstacle := transformer_engine_obstacle()):
+        raise ValueError(f"kernels.{name}=transformer_engine {obstacle}, or set it to auto")
     if obstacle := _obstacle(name, implementation, device, dtype):
         raise ValueError(f"kernels.{name}={implementation} cannot be had because {obstacle}; change that, or set it to auto")
 
