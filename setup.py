@@ -35,6 +35,7 @@ setup(
     extras_require={
         "cpu": ["torch==2.13.0"],
         # With a network and CUDA. megatron-core 0.16.1 asks for Transformer Engine below 2.12; NVIDIA's apex is not needed.
+        # All three build against the torch that is there: install torch first, then this with --no-build-isolation (docs/kernels.md).
         "gpu": ["transformer-engine[pytorch]==2.11.0", "mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0"],
         "logging": ["tensorboard==2.21.0"],
         "serve": ["starlette==1.10.0", "uvicorn==0.54.0", "jinja2==3.1.6"],
@@ -65,6 +66,7 @@ setup(
             "pytest==9.2.0",
             "ruff==0.17.6",
             "safetensors==0.8.0",
+            "openai==3.57.0",
             "triton==3.7.1; platform_system == 'Linux'",
             "nvidia-modelopt==0.43.0",
         ],

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 
 import torch
-import transformer_engine.pytorch as te
-from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling, Format
 
 from megatron_hybrid.config import DelayedScalingConfig, Fp8Config
 from megatron_hybrid.fp8.backends import make_backend
@@ -36,6 +35,10 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compare(recipe: str) -> dict[str, object]:
+    # Here, so that --help and what is missing can be said without it.
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling, Format
+
     torch.manual_seed(0)
     ours = make_linear(recipe)
     state = ScalingState([ours]) if recipe == "delayed" else None
@@ -75,11 +78,16 @@ def compare(recipe: str) -> dict[str, object]:
 
 def main() -> None:
     """Print one JSON line per recipe."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fp8_against_transformer_engine",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    )
+    parser.parse_args()
+    if find_spec("transformer_engine") is None:
+        parser.error("it compares with Transformer Engine, which is not installed; docs/kernels.md says how to install the extra gpu")
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here, and float8 products need one")
     for recipe in ("delayed", "current"):
         print(json.dumps(compare(recipe)), flush=True)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from types import ModuleType
+from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
 
-from megatron_hybrid.config.schema import KernelsConfig
+from megatron_hybrid.config.schema import KernelsConfig, RunConfig
+from megatron_hybrid.fp8.backends import choose_implementation
 from megatron_hybrid.layers import specs
 from megatron_hybrid.layers.specs import (
     OPERATIONS,
@@ -17,9 +22,13 @@ from megatron_hybrid.layers.specs import (
     explain_implementations,
     make_ops,
 )
-from megatron_hybrid.ops.registry import IMPLEMENTATIONS
+from megatron_hybrid.model.build import called_operations
+from megatron_hybrid.ops import installed
+from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
+from tests.fp8.runs import float8_run
 from tests.ops.library_stand_ins import stand_ins
-from tests.runs import small_run
+from tests.runs import small_run, write_corpus
+from tests.train.training import train
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -72,7 +81,8 @@ LIBRARY_CHOICES = [
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A GPU of compute capability 9.0 on a host that has Transformer Engine, as far as a choice can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(installed, "has_transformer_engine", lambda: True)
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
     return torch.device("cuda", 0)
 
 
@@ -109,9 +119,32 @@ def test_libraries_without_fp32_are_refused_for_it(operation: str, library: str,
 def test_transformer_engine_without_its_torch_part_is_refused(
     operation: str, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(specs, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(installed, "has_transformer_engine", lambda: False)
     with pytest.raises(ValueError, match=f"kernels.{operation}=transformer_engine needs transformer-engine with its torch part"):
         choose_implementations(hopper, torch.bfloat16, KernelsConfig(**{operation: "transformer_engine"}))
+
+
+@pytest.mark.parametrize(
+    "version, is_supported", [("2.11.0", True), ("2.11.0+c188b533", True), ("2.12.0", False), ("2.1.1", False), (None, True)]
+)
+def test_another_version_of_transformer_engine_is_refused(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, version: str | None, is_supported: bool
+) -> None:
+    """A build that does not say its version is let through."""
+    if version is not None:
+        sys.modules["transformer_engine"].__version__ = version
+    choices = KernelsConfig(rms_norm="transformer_engine")
+    if is_supported:
+        assert choose_implementations(hopper, torch.bfloat16, choices)["rms_norm"] == "transformer_engine"
+        return
+    with pytest.raises(
+        ValueError, match=f"kernels.rms_norm=transformer_engine needs transformer-engine 2.11, and {version} is installed; install"
+    ):
+        choose_implementations(hopper, torch.bfloat16, choices)
+    with pytest.raises(
+        ValueError, match=f"fp8.implementation=transformer_engine needs transformer-engine 2.11, and {version} is installed"
+    ):
+        choose_implementation("transformer_engine", hopper)
 
 
 def test_libraries_that_do_not_repeat_are_refused_for_deterministic_runs(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +195,50 @@ def test_a_run_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> No
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert explain_implementations(gpu, bf16).endswith("(attention not by cuDNN because this GPU is older than those it is fastest on)")
+
+
+def test_a_choice_that_a_run_never_calls_is_said() -> None:
+    choices = KernelsConfig(ssd="reference", rms_norm="reference")
+    told, warning = explain_implementations(torch.device("cpu"), torch.float32, choices, {"rms_norm", "mamba_core"}).splitlines()
+    assert told == "cpu: mamba_core; reference: rms_norm (rms_norm as kernels asks for)"
+    assert warning == "warning: kernels.ssd=reference changes nothing here: this run never calls ssd; generating from it may"
+
+
+NO_ATTENTION = {"model": {"pattern": "M-M-"}}
+
+
+@pytest.mark.parametrize(
+    "sections, uncalled",
+    [
+        ({"fp8": {"recipe": "off"}}, set()),
+        ({}, {"linear", "squared_relu"}),
+        ({"fp8": {"bf16_layers_at_start": 2}}, set()),
+        ({"fp8": {"linears": ["in_proj", "linear_fc1"]}}, set()),
+        ({"fp8": {"linears": ["linear_fc1", "linear_fc2"]}}, {"squared_relu"}),
+        ({"fp8": {"shadow_every_steps": 1}}, set()),
+        ({"fp8": {"recipe": "off"}, **NO_ATTENTION}, {"attention"}),
+    ],
+    ids=str,
+)
+def test_what_a_run_calls_is_what_it_says(sections: dict, uncalled: set[str], tmp_path: Path, run_ranks: Any) -> None:
+    write_corpus(tmp_path / "text")
+    validation = {"sources": {"text": tmp_path / "text"}, "every_steps": 1, "num_batches": 1}
+    run = float8_run(tmp_path, validation=validation, train={"steps": 1}, **sections)
+    assert called_operations(run) == set(OPERATIONS) - uncalled - {"ssd", "causal_conv1d", "gated_rms_norm"}
+    assert run_ranks(operations_called_by, 1, run) == [called_operations(run)]
+
+
+def operations_called_by(run: RunConfig) -> set[str]:
+    """Train, and see."""
+    called: set[str] = set()
+
+    def recording(operation: str, implementation: str) -> Callable:
+        function = select(operation, implementation)
+        return lambda *arguments, **options: called.add(operation) or function(*arguments, **options)
+
+    with mock.patch.object(specs, "select", recording):
+        train(run, logged=True)
+    return called
 
 
 def test_the_chunk_length_is_the_cpu_scans() -> None:

@@ -94,5 +94,5 @@ def select(operation: str, implementation: str) -> Callable:
         package = error.name.partition(".")[0]
         raise ValueError(
             f"{implementation!r} for {operation!r} needs the package {package!r}, which is not installed; "
-            'install it (pip install "megatron-hybrid[gpu]" on a host with CUDA), or choose another implementation'
+            'install it (on a host with CUDA, after torch: pip install --no-build-isolation ".[gpu]"), or choose another implementation'
         ) from error

@@ -63,6 +63,13 @@ def test_equals_the_chunked_scan_at_the_models_sizes(device: str, shape: dict, d
     assert_near_fp64(ssd, ssd_chunked, inputs, bounds, segment_ids_BL=segment_ids)
 
 
+@NEEDS_GPU
+@pytest.mark.parametrize("head_dim, state", [(256, 128), (128, 256), (64, 512), (256, 256), (128, 512)])
+def test_equals_the_chunked_scan_with_wide_states(device: str, head_dim: int, state: int) -> None:
+    inputs = on(device, make_inputs(length=300, heads=4, head_dim=head_dim, groups=2, state=state, batch=1, dtype=torch.bfloat16))
+    assert_near_fp64(ssd, ssd_chunked, inputs, BF16_BOUNDS)
+
+
 @pytest.mark.parametrize("chunk_length", [32, 64])
 def test_chunk_length_changes_nothing(device: str, chunk_length: int) -> None:
     inputs = on(device, make_inputs(batch=1, length=40, dtype=torch.float32))

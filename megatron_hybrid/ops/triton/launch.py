@@ -96,28 +96,46 @@ def norm_launch(size: int) -> NormLaunch:
     return NormLaunch(rows=rows, num_tiles=num_tiles, num_warps=4 if block <= 1024 else 8 if block <= 4096 else 16)
 
 
+LARGEST_HEAD_DIM, LARGEST_STATE_DIM, LARGEST_STATE = 256, 512, {2: 256 * 256, 4: 64 * 256}
+"""Of the scan's kernels, after padding to powers of two: the last is the head dim times the state, by the bytes of a number."""
+
+
+def check_state(dtype: torch.dtype, head_dim: int, state_dim: int) -> None:
+    """Raise ValueError for a state that no launch of the scan's kernels fits into the shared memory of a Hopper GPU with."""
+    block_p, block_n, largest = block_size(head_dim), block_size(state_dim), LARGEST_STATE[dtype.itemsize]
+    if block_p > LARGEST_HEAD_DIM or block_n > LARGEST_STATE_DIM or block_p * block_n > largest:
+        raise ValueError(
+            f"a Mamba-2 head of {head_dim} channels with a state of {state_dim} takes more shared memory in {dtype} than a GPU has: the "
+            f"Triton kernels hold {block_p} x {block_n} of it (powers of two), at most {LARGEST_HEAD_DIM} x {LARGEST_STATE_DIM} and "
+            f"{largest} in all; set kernels.mamba_core=cpu and kernels.ssd=cpu, the versions in torch, which run on GPUs too"
+        )
+
+
 def scan_launch(dtype: torch.dtype, head_dim: int, state_dim: int) -> ScanLaunch:
     """The choice for Hopper; `head_dim` and `state_dim` are those of the model, before padding to powers of two.
 
     Measured on an H100 for states of 64 x 128 (8B) and 80 x 128 (Nano-4B); for others chosen by the registers and shared memory that the
-    compiler reports (`tests/ops/compile_kernels.py`). fp32 keeps small chunks: its products run on the ordinary units, and its tiles
-    take twice the shared memory.
+    compiler reports (`tests/ops/compile_kernels.py`). fp32 keeps small chunks: its products run on the ordinary units, its tiles
+    take twice the shared memory, and a thread holds whole rows and columns of what it multiplies: with 4 warps it would spill 13 KB.
     """
     block_p, block_n = block_size(head_dim), block_size(state_dim)
     if dtype == torch.float32:
         walk = WalkLaunch(block_p=min(block_p, 32), block_n=min(block_n, 32), num_warps=4, num_stages=1)
-        return ScanLaunch(32, 32, walk, walk, OutputLaunch(32, 4, 4, 1), SourceLaunch(32, 4, 1), ProductLaunch(4, 1))
+        num_warps = 8 if block_p * block_n <= 64 * 128 else 16
+        output = OutputLaunch(16, 4, num_warps, 1)
+        return ScanLaunch(32, 32, walk, walk, output, SourceLaunch(32, num_warps, 1), ProductLaunch(num_warps, 1))
     walk = WalkLaunch(min(block_p, 64), min(block_n, 64), num_warps=4, num_stages=3)
     if block_p <= 64 and block_n <= 128:
         return ScanLaunch(128, 128, walk, walk, OutputLaunch(64, 16, 4, 2), SourceLaunch(64, 8, 2), ProductLaunch(8, 3))
-    if block_n <= 128:
+    if block_p <= 128 and block_n <= 128:
         # Each block of positions reads all the chunk's B; GPUs for desktops and inference have 100 KiB for it.
         output = OutputLaunch(128, 16, 8, 2) if shared_memory_bytes() >= 160 * 1024 else OutputLaunch(64, 8, 4, 2)
         narrow = WalkLaunch(block_p=16, block_n=block_n, num_warps=2, num_stages=3)
         return ScanLaunch(128, 64, replace(walk, num_warps=2), narrow, output, SourceLaunch(64, 4, 2), ProductLaunch(4, 2))
-    # two stages of the widest states do not fit the shared memory
-    num_stages = 2 if block_p * block_n <= 128 * 128 else 1
-    return ScanLaunch(128, 64, walk, walk, OutputLaunch(64, 8, 4, 2), SourceLaunch(64, 4, num_stages), ProductLaunch(8, num_stages))
+    if block_p <= 64 and block_n <= 256:
+        return ScanLaunch(128, 64, walk, walk, OutputLaunch(64, 8, 4, 2), SourceLaunch(64, 4, 2), ProductLaunch(8, 2))
+    # A wide state leaves no room to load ahead, nor for long chunks.
+    return ScanLaunch(64, 32, walk, walk, OutputLaunch(64, 8, 8, 1), SourceLaunch(32, 8, 1), ProductLaunch(8, 1))
 
 
 @cache

@@ -43,8 +43,8 @@ def mamba_core(
 ) -> Tensor:
     """`mamba_core_reference` on a GPU; `chunk_length` as `ssd` takes it.
 
-    Raises ValueError: the sizes do not add up, the groups divide neither heads nor channels, a CPU tensor, or a dtype or chunk length
-    that the kernels do not take.
+    Raises ValueError: the sizes do not add up, the groups divide neither heads nor channels, a CPU tensor, or a dtype, chunk length or
+    state that the kernels do not take.
     """
     num_heads, inner = A_log_H.shape[0], norm_weight_I.shape[0]
     check_heads(num_heads, num_groups)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_hybrid.ops.segments import number_documents
 from megatron_hybrid.ops.ssd import check_heads
-from megatron_hybrid.ops.triton.launch import ScanLaunch, check_tensors, dense_like, scan_launch, with_dense_rows
+from megatron_hybrid.ops.triton.launch import ScanLaunch, check_state, check_tensors, dense_like, scan_launch, with_dense_rows
 from megatron_hybrid.ops.triton.row_sum import gradient_from_parts
 from megatron_hybrid.ops.triton.ssd_steps import (
     Scan,
@@ -51,7 +51,8 @@ def ssd(
 
     Inputs may have any strides; y has the axis order of x in memory. `chunk_length`, a power of two from 16 to 256, replaces the chosen
     ones of forward and backward.
-    Raises ValueError: H is not a multiple of G, an input is on a CPU or in another dtype, or `chunk_length` is none of these.
+    Raises ValueError: H is not a multiple of G, an input is on a CPU or in another dtype, `chunk_length` is none of these, or the state
+    is too large (`launch.check_state`).
     """
     check_heads(x_BLHP.shape[2], B_BLGN.shape[2])
     check_tensors(x_BLHP=x_BLHP, dt_raw_BLH=dt_raw_BLH, B_BLGN=B_BLGN, C_BLGN=C_BLGN)
@@ -61,7 +62,8 @@ def ssd(
 
 
 def choose_launch(dtype: torch.dtype, head_dim: int, state_dim: int, chunk_length: int | None) -> ScanLaunch:
-    """The pinned launch parameters, with another chunk length if one is asked for."""
+    """The pinned launch parameters, with another chunk length if one is asked for; ValueError for a state that fits no GPU."""
+    check_state(dtype, head_dim, state_dim)
     launch = scan_launch(dtype, head_dim, state_dim)
     if chunk_length is None:
         return launch
