@@ -212,7 +212,7 @@ class ResultEntry:
         from megatron_hybrid.tasks.frozen import load_frozen_chunks
         from tools.minipuzzle.evaluate import Predictions, measure_quality
         from tools.minipuzzle.forward import StageForward
-        from tools.minipuzzle.rank import HeldOut
+        from tools.minipuzzle.held_out import HeldOut
 
         def stage_of(its_run: RunConfig, checkpoint: Path) -> StageForward:
             (chunk,) = load_frozen_chunks(its_run, checkpoint, build_transformer_config(its_run, substrate), substrate)

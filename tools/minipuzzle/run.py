@@ -182,12 +182,12 @@ def _report(parent: Parent) -> Iterator[int | None]:
     from tools.minipuzzle.report import write_report
 
     results = current_results(parent)
-    if results.find("long", results.winner) is not None and not results.speeds:
-        winner = next(each for each in chosen_candidates(parent) if each.candidate.name == results.winner)
+    winner = next((each.candidate for each in load_candidates(parent) if each.candidate.name == results.winner), None)
+    if winner is not None and results.find("long", winner.name) is not None and not results.speeds:
         # A model that does not fit one rank cannot be timed, and has its page all the same.
         write_report(parent)
         print("time decoding of parent and child on one rank of this device", flush=True)
-        yield measure_speed(parent, winner.candidate)
+        yield measure_speed(parent, winner)
     print("\n" + "\n".join(write_report(parent)), flush=True)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_hybrid.data.build import build_validation_streams
 from tests.runs import small_run, write_corpus
 from tools.minipuzzle.config import SearchConfig
-from tools.minipuzzle.rank import best_first, repeated_text
+from tools.minipuzzle.held_out import repeated_text
+from tools.minipuzzle.rank import best_first
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,8 @@ def quality_of(config: MiniPuzzleConfig, candidate: Candidate, directory: Path) 
     from megatron_hybrid.tasks.frozen import load_frozen_chunks
     from tools.minipuzzle.evaluate import measure_quality
     from tools.minipuzzle.forward import StageForward
+    from tools.minipuzzle.held_out import HeldOut
     from tools.minipuzzle.prune import prune
-    from tools.minipuzzle.rank import HeldOut
 
     parent = find_parent(config)
     prune(NativeSource(parent.weights), candidate, load_scores(WorkFiles(config.work_dir).scores), directory)
