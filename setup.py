@@ -66,6 +66,7 @@ setup(
             "pytest==9.2.0",
             "ruff==0.17.6",
             "safetensors==0.8.0",
+            "openai==3.57.0",
             "triton==3.7.1; platform_system == 'Linux'",
             "nvidia-modelopt==0.43.0",
         ],

@@ -4,7 +4,7 @@
 
 The teacher is a SAM image encoder of transformers with random weights (its cost does not depend on them). Both ways see the same images
 and give features on the grid of the student's patches; the ratio is the cost saved. Slices have as many canvases either way. Under a minute
-on one GPU. On a CPU use --size tiny --images 16.
+on one GPU. On a CPU use --size tiny --images 16 --dtype fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.options import device, picture, positive
 from vision_agglom.config.teachers import TeacherConfig
 from vision_agglom.images.mosaic import MosaicTeacher
 from vision_agglom.teachers import load_teacher
@@ -35,16 +36,16 @@ SIZES = {
 }
 
 
-def measure(run: Callable[[], object], device: torch.device, repetitions: int) -> float:
+def measure(run: Callable[[], object], place: torch.device, repetitions: int) -> float:
     """Return the best of the repetitions, in seconds, after one to warm up."""
     best = float("inf")
     for number in range(repetitions + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
         if number:
             best = min(best, time.perf_counter() - start)
     return best
@@ -54,15 +55,14 @@ def main() -> None:
     """Print one line per image side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="huge", help="of the SAM encoder (default: %(default)s)")
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 432], help="of the images (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=32, help="images per measurement (default: %(default)s)")
-    parser.add_argument("--slice-size", type=int, default=2, help="canvases per forward pass (default: %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--sides", type=positive, nargs="+", default=[256, 432], help="of the images (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=32, help="images per measurement (default: %(default)s)")
+    parser.add_argument("--slice-size", type=positive, default=2, help="canvases per forward pass (default: %(default)s)")
+    parser.add_argument("--repetitions", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, help="PNG to draw; none unless given")
+    parser.add_argument("--picture", type=picture, help="PNG to draw; none unless given")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     spec = TeacherConfig(
         name="sam",
@@ -73,24 +73,29 @@ def main() -> None:
         resize_input=True,
         slice_size=arguments.slice_size,
     )
-    with device:
+    with arguments.device:
         # Random weights are drawn where they will run.
-        teacher = load_teacher(spec, device, dtype)
+        teacher = load_teacher(spec, arguments.device, dtype)
+    try:
+        mosaics = [MosaicTeacher(teacher, side, teacher.mean_C) for side in arguments.sides]
+    except ValueError as error:
+        parser.error(str(error))
     bars: dict[str, tuple[float, float]] = {}
-    print(f"{'side':>5} {'mosaic':>7} {'plain ms/image':>15} {'mosaic ms/image':>16} {'saved':>7}")
-    for side in arguments.sides:
-        mosaic = MosaicTeacher(teacher, side, teacher.mean_C)
-        images = torch.rand(arguments.images, 3, side, side, device=device)
-        plain_s = measure(lambda images=images: teacher(images), device, arguments.repetitions) / arguments.images
-        mosaic_s = measure(lambda images=images, mosaic=mosaic: mosaic(images), device, arguments.repetitions) / arguments.images
+    print(f"{'side':>5} {'mosaic':>7} {'plain ms/image':>15} {'mosaic ms/image':>16} {'saved':>7}", flush=True)
+    for side, mosaic in zip(arguments.sides, mosaics, strict=True):
+        images = torch.rand(arguments.images, 3, side, side, device=arguments.device)
+        plain_s, mosaic_s = (
+            measure(lambda images=images, way=way: way(images), arguments.device, arguments.repetitions) / arguments.images
+            for way in (teacher, mosaic)
+        )
         layout = f"{mosaic.plan.per_side} x {mosaic.plan.per_side}"
         print(f"{side:5} {layout:>7} {plain_s * 1e3:15.2f} {mosaic_s * 1e3:16.2f} {plain_s / mosaic_s:6.1f}x", flush=True)
         bars[f"{side} px, {layout}"] = (plain_s * 1e3, mosaic_s * 1e3)
     if arguments.picture is not None:
-        draw(bars, f"SAM, {arguments.size}, {arguments.dtype}, on {device.type}", arguments.picture)
+        draw(bars, f"SAM, {arguments.size}, {arguments.dtype}, on {arguments.device.type}", arguments.picture)
 
 
-def draw(bars: dict[str, tuple[float, float]], title: str, picture: Path) -> None:
+def draw(bars: dict[str, tuple[float, float]], title: str, path: Path) -> None:
     """Milliseconds per image, both ways, side by side."""
     figure = Figure(figsize=(1.5 + 2 * len(bars), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -101,7 +106,7 @@ def draw(bars: dict[str, tuple[float, float]], title: str, picture: Path) -> Non
     axes.set(title=title, ylabel="ms per image")
     axes.margins(y=0.1)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -23,32 +23,30 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.options import not_negative, positive
 from examples.radio.demo import make_images
-from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
 from megatron_hybrid.substrate.quiet import silence_known_warnings
-from megatron_hybrid.train.callbacks.metrics_file import metrics_path, read_metrics
 from vision_agglom.config.distill import Standardizer
 from vision_agglom.config.load import dump_config, load_config
 from vision_agglom.config.schema import VisionConfig
-from vision_agglom.evaluate.report import Evaluation
 from vision_agglom.images.decode import decode_square
 from vision_agglom.images.framing import frame_whole
 from vision_agglom.images.open_source import open_source
 from vision_agglom.images.pack import encode_png, write_shards
 from vision_agglom.images.records import Record
-from vision_agglom.teachers import load_teacher
-from vision_agglom.train import train
-from vision_agglom.trained import load_run, load_trained
 
+if TYPE_CHECKING:
+    from megatron_hybrid.substrate.context import Substrate
+
+# megatron-core is imported where it is used, after its known warnings were silenced.
 CONFIG = Path(__file__).parents[1] / "examples/radio/photographs.yaml"
 TILES_PER_SIDE, TILE = 4, 256
 RESULT = "study.json"
@@ -79,20 +77,27 @@ def main() -> int:
     """Run one study, print its table and draw its picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=sorted(STUDIES), help="what is compared")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the weights (default: 0 1 2)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (default: 200)")
-    parser.add_argument("--batch", type=int, default=16, help="images per step, a multiple of 4 (default: 16)")
-    parser.add_argument("--ranks", type=int, default=2, help="data-parallel ranks of partitions (default: 2)")
-    parser.add_argument("--workers", type=int, default=1, help="decoding processes (default: 1)")
+    parser.add_argument("--seeds", type=not_negative, nargs="+", default=[0, 1, 2], help="of the weights (default: 0 1 2)")
+    parser.add_argument("--steps", type=positive, default=200, help="optimizer steps of each run (default: 200)")
+    parser.add_argument("--batch", type=positive, default=16, help="images per step, a multiple of 4 (default: 16)")
+    parser.add_argument("--ranks", type=positive, default=2, help="data-parallel ranks of partitions (default: 2)")
+    parser.add_argument("--workers", type=not_negative, default=1, help="decoding processes (default: 1)")
     parser.add_argument("--images", type=Path, default=Path("runs/radio/images"), help="made images (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/radio_studies"), help="where the runs go (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.batch % 4 or arguments.batch % arguments.ranks:
+        parser.error(f"--batch {arguments.batch} must be a multiple of 4, and of --ranks {arguments.ranks}")
     silence_known_warnings()
     study = STUDIES[arguments.study]
     make_images(arguments.images)
     cut_tiles(arguments.images)
     figures: dict[str, Any] = {}
     runs = study.runs(arguments)
+    for run in runs.values():
+        result = run.run_dir / RESULT
+        if result.exists() and json.loads(result.read_text())["config"] != dump_config(run):
+            print(f"error: {run.run_dir} holds a run with other options; name another --output", file=sys.stderr)
+            return 2
     todo = [run for run in runs.values() if not (run.run_dir / RESULT).exists()]
     for ranks in sorted({run.parallel.data or 1 for run in todo}):
         own = [run for run in todo if (run.parallel.data or 1) == ranks]
@@ -100,11 +105,7 @@ def main() -> int:
         if code:
             return code
     for label, run in runs.items():
-        kept = json.loads((run.run_dir / RESULT).read_text())
-        if kept["config"] != dump_config(run):
-            print(f"error: {run.run_dir} holds a run with other options; name another --output", file=sys.stderr)
-            return 2
-        figures[label] = kept["figures"]
+        figures[label] = json.loads((run.run_dir / RESULT).read_text())["figures"]
     print(study.show(figures, arguments.output / f"{arguments.study}.png"))
     (arguments.output / f"{arguments.study}.json").write_text(json.dumps(figures, indent=1) + "\n")
     return 0
@@ -118,6 +119,8 @@ class Work:
 
     def __call__(self, first: VisionConfig, substrate: Substrate) -> ExitCode:
         """Train and measure all of them."""
+        from vision_agglom.train import train
+
         for number, run in enumerate(self.runs, start=1):
             if substrate.rank == 0:
                 print(f"{number}/{len(self.runs)} {run.run_dir}", file=sys.stderr, flush=True)
@@ -133,6 +136,12 @@ class Work:
 
 def evaluate(run: VisionConfig, substrate: Substrate) -> dict[str, Any]:
     """Figures of the trained student in the teachers' own spaces."""
+    import torch
+
+    from vision_agglom.evaluate.report import Evaluation
+    from vision_agglom.teachers import load_teacher
+    from vision_agglom.trained import load_run, load_trained
+
     evaluated = load_run(run.run_dir)
     trained = load_trained(evaluated, run.run_dir, substrate)
     teachers = {teacher.name: load_teacher(teacher, substrate.device, torch.float32) for teacher in run.teachers}
@@ -141,6 +150,8 @@ def evaluate(run: VisionConfig, substrate: Substrate) -> dict[str, Any]:
 
 def clock(run: VisionConfig, substrate: Substrate) -> dict[str, Any]:
     """Images per second over the last half of the steps."""
+    from megatron_hybrid.train.callbacks.metrics_file import metrics_path, read_metrics
+
     del substrate
     steps = [line for line in read_metrics(metrics_path(run.run_dir)) if line["kind"] == "step" and line["warm_up"] is None]
     speeds = [line["tokens_per_s"] for line in steps]

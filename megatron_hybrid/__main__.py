@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
+
+from megatron_hybrid.interruption import leave_at_once_on
 
 _EPILOG = """examples:
   python -m megatron_hybrid describe nemotron-h-8b parallel.tensor=8
@@ -64,4 +67,5 @@ def _serve() -> Callable[[Sequence[str]], int]:
 _VERBS = {"describe": _describe, "evaluate": _evaluate, "generate": _generate, "pretrain": _pretrain, "serve": _serve}
 
 if __name__ == "__main__":
+    leave_at_once_on(signal.SIGINT)
     sys.exit(main())

@@ -8,14 +8,18 @@ from typing import Any
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.contract import TeacherFacts
 
+_NOT_TARGETS = {"name", "slice_size", "spatial_loss", "spatial_weight", "summary_weight"}
+"""Options of a teacher that leave its features, and what is gathered of them, as they are: it may be run and matched otherwise."""
+
+_MODEL = ("library", "model", "pretrained", "weights", "revision", "options", "seed", "output_scale")
+"""Options of a teacher that say which model it is."""
+
 
 def describe_data(run: VisionConfig, facts: Mapping[str, TeacherFacts], images: dict[str, Any]) -> dict[str, Any]:
     """What decides the samples (``images``) and the targets, as plain JSON."""
     teachers = {
-        teacher.name: {
-            "model": f"{teacher.library}:{teacher.model}:{teacher.weights}:{teacher.seed}:{teacher.output_scale}",
-            "view": teacher.view,
-            "standardizer": teacher.standardizer,
+        teacher.name: teacher.model_dump(mode="json", exclude=_NOT_TARGETS)
+        | {
             "spatial_channels": facts[teacher.name].spatial_channels,
             "summary_channels": facts[teacher.name].summary_channels,
         }
@@ -46,7 +50,7 @@ def require_same(saved: dict[str, Any], own: dict[str, Any]) -> None:
 def same_teachers(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     """Names under which both runs have the same model, however it is shown and normalised: what a head says of it goes on being true."""
     there, here = saved["teachers"], own["teachers"]
-    return [name for name in here if name in there and there[name]["model"] == here[name]["model"]]
+    return [name for name in here if name in there and all(there[name].get(key) == here[name][key] for key in _MODEL)]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,8 @@ from vision_agglom.config.distill import DistilledTeacherConfig
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.config.teachers import TeacherConfig
 from vision_agglom.contract import Teacher, TeacherFacts
-from vision_agglom.panel import TeacherPanel, measure_costs, plan_showing
+from vision_agglom.costs import measure_cost
+from vision_agglom.panel import TeacherPanel, plan_showing
 from vision_agglom.partition import Duty, plan_teacher_ranks
 
 LoadTeacher = Callable[[TeacherConfig, torch.device, torch.dtype], Teacher]
@@ -76,22 +77,24 @@ def check_facts(run: VisionConfig, facts: Mapping[str, TeacherFacts]) -> None:
                     plan_showing(run.teacher(name), facts[name], resolution // run.student.patch_size)
 
 
+def load_facts(run: VisionConfig, load: LoadTeacher) -> dict[str, TeacherFacts]:
+    """Facts of a run's teachers, each of them loaded on the CPU, asked and let go again.
+
+    Raises:
+        ValueError: a teacher cannot be loaded.
+    """
+    return {teacher.name: load(teacher, torch.device("cpu"), _dtype(run)).facts for teacher in run.teachers}
+
+
 def _measure_one_at_a_time(run: VisionConfig, substrate: Substrate, load: LoadTeacher, dtype: torch.dtype) -> dict[str, float]:
-    """Each teacher's cost per image. Every rank loads one teacher, times it and frees it before it loads the next. Collective."""
+    """Each teacher's seconds per image of the run. Every rank loads one teacher, times it and frees it before the next. Collective."""
     costs: dict[str, float] = {}
     for spec in run.teachers:
         teachers = _load([spec], substrate, load, dtype)
-        facts = _gather_facts(run, teachers, substrate)[spec.name]
-        check_facts(run, {spec.name: facts})
-        costs |= measure_costs(teachers, {spec.name: _timed_side(run, spec, facts)}, substrate)
+        facts = _gather_facts(run, teachers, substrate)
+        check_facts(run, facts)
+        costs[spec.name] = measure_cost(run, TeacherPanel([spec], facts, teachers, substrate, None, dtype), spec.name)
         teachers.clear()
         if substrate.device.type == "cuda":
             torch.cuda.empty_cache()
     return costs
-
-
-def _timed_side(run: VisionConfig, teacher: DistilledTeacherConfig, facts: TeacherFacts) -> int:
-    """Side in pixels of the images that a teacher is timed with: those of the first stage; a mosaic's whole square."""
-    if teacher.view == "mosaic":
-        return facts.resolution
-    return plan_showing(teacher, facts, run.stages[0].partitions[0].resolutions[0] // run.student.patch_size).side

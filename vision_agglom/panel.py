@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
-from megatron_hybrid.checkpoint.agreement import gather
 from megatron_hybrid.substrate.context import Substrate
 from vision_agglom.config.distill import DistilledTeacherConfig
 from vision_agglom.contract import Teacher, TeacherFacts, TeacherFeatures
@@ -44,7 +42,7 @@ def plan_showing(teacher: DistilledTeacherConfig, facts: TeacherFacts, student_s
         if teacher.view == "match" and facts.fixed_resolution and side != facts.resolution:
             raise ValueError(
                 f"teacher {teacher.name!r} takes images of {facts.resolution} pixels only, and for {student_side} patches a side, as the "
-                f"student has, it would need {side}; use view=own (resized images) or view=mosaic"
+                f"student has, it would need {side}; use view=own (resized images) or view=mosaic, or sides=any where the model can"
             )
         if teacher.view == "mosaic" and side > facts.resolution:
             raise ValueError(
@@ -162,27 +160,6 @@ def resize_images(images_BCHW: Tensor, side: int) -> Tensor:
     return F.interpolate(images_BCHW, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-def measure_costs(teachers: Mapping[str, Teacher], shapes: Mapping[str, int], substrate: Substrate, batch: int = 1) -> dict[str, float]:
-    """Seconds per image of each teacher, the slowest rank's, the same on all ranks: the second of two passes. Collective over all ranks.
-
-    Args:
-        teachers: the same ones on every rank that computes the loss; none elsewhere.
-        shapes: teacher -> side of the images.
-        batch: images per pass.
-    """
-    own: dict[str, float] = {}
-    for name, teacher in teachers.items():
-        images = torch.zeros(batch, 3, shapes[name], shapes[name], device=substrate.device)
-        for _ in range(2):
-            _wait(substrate.device)
-            start_s = time.perf_counter()
-            teacher(images)
-            _wait(substrate.device)
-            own[name] = (time.perf_counter() - start_s) / batch
-    reports = gather(own, substrate.control_group)
-    return {name: max(report.get(name, 0.0) for report in reports) for name in shapes}
-
-
 def _own(rank: int, batch: int) -> range:
     return range(rank * batch, (rank + 1) * batch)
 
@@ -196,8 +173,3 @@ def _ordered(images_BCHW: Tensor, owners: list[range], rank: int, batch: int) ->
     own = _own(rank, batch)
     places = [index - own.start for owner in owners for index in _overlap(owner, own)]
     return images_BCHW[places].contiguous()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

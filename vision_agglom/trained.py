@@ -89,24 +89,7 @@ def to_plain(
         transformations: teacher -> the normalisation in whose space its spatial head's output is.
     """
     student = run.student
-    summaries = tuple(index for index, head in enumerate(heads) if head.summary_channels is not None)
-    shape = PlainViTShape(
-        hidden_size=student.hidden_size,
-        num_layers=student.num_layers,
-        num_heads=student.num_attention_heads,
-        patch_size=student.patch_size,
-        mlp_hidden_size=student.ffn_hidden_size,
-        mlp=student.mlp,
-        norm_eps=student.norm_eps,
-        num_cls_tokens=len(heads),
-        num_registers=model.num_prefix - len(heads),
-        summary_idxs=summaries,
-        table_side=student.table_side,
-        final_norm=student.final_norm,
-        layer_scale=student.layer_scale is not None,
-        mean=student.mean,
-        std=student.std,
-    )
+    shape = plain_shape(student, heads)
     plain_heads = tuple(
         PlainHeadShape(head.name, index, head.summary_channels, head.spatial_channels, head.hidden_size, head.num_inner)
         for index, head in enumerate(heads)
@@ -116,6 +99,27 @@ def to_plain(
     state |= _backbone_state(model, student, step) | _heads_state(model, transformations)
     radio.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return radio
+
+
+def plain_shape(student: StudentConfig, heads: Sequence[HeadShape]) -> PlainViTShape:
+    """A student's shape, from its configuration and its teachers' heads."""
+    return PlainViTShape(
+        hidden_size=student.hidden_size,
+        num_layers=student.num_layers,
+        num_heads=student.num_attention_heads,
+        patch_size=student.patch_size,
+        mlp_hidden_size=student.ffn_hidden_size,
+        mlp=student.mlp,
+        norm_eps=student.norm_eps,
+        num_cls_tokens=len(heads),
+        num_registers=student.num_register_tokens(len(heads)),
+        summary_idxs=tuple(index for index, head in enumerate(heads) if head.summary_channels is not None),
+        table_side=student.table_side,
+        final_norm=student.final_norm,
+        layer_scale=student.layer_scale is not None,
+        mean=student.mean,
+        std=student.std,
+    )
 
 
 def _backbone_state(model: StudentModel, student: StudentConfig, step: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.commands.model_arguments import add_model_arguments, load_requested_run
+from megatron_hybrid.commands.output_file import check_output_file
+from megatron_hybrid.interruption import leave_at_once_on
 
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
+    from megatron_hybrid.evaluate.tasks import Tasks
     from megatron_hybrid.generate.session import Session
     from megatron_hybrid.substrate import ExitCode, Substrate
 
@@ -46,12 +50,18 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output", metavar="FILE", type=Path, help="where the results go as JSON, samples left out")
     arguments = parser.parse_args(argv)
-    for name, least in (("batch_size", 1), ("max_length", 2), ("seed", 0), ("bootstrap_iters", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    for name, least in (("batch_size", 1), ("max_length", 2), ("num_fewshot", 0), ("limit", 1), ("seed", 0), ("bootstrap_iters", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     for task in arguments.tasks:
         if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
             parser.error(f"there is no task file {task}")
+    try:
+        if arguments.output is not None:
+            check_output_file(arguments.output)
+    except ValueError as error:
+        parser.error(f"--output {error}")
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -70,31 +80,31 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) -> ExitCode:
-    """Load the model; on the first rank run the tasks and report."""
+    """On the first rank look at the tasks; load the model; on the first rank run the tasks and report."""
+    leave_at_once_on(signal.SIGINT)
+    from megatron_hybrid.evaluate.tasks import load_tasks
     from megatron_hybrid.generate.load import load_language_model
     from megatron_hybrid.generate.session import lead
     from megatron_hybrid.substrate import ExitCode
 
+    # Before the weights, which take longer.
+    tasks = load_tasks(arguments.tasks) if substrate.rank == 0 else None
     language_model = load_language_model(run, arguments.model, substrate, step=arguments.checkpoint)
-    lead(language_model, substrate, partial(_run_tasks, arguments), max_batch_size=arguments.batch_size, max_length=arguments.max_length)
+    use = partial(_run_tasks, arguments, tasks)
+    lead(language_model, substrate, use, max_batch_size=arguments.batch_size, max_length=arguments.max_length)
     return ExitCode.FINISHED
 
 
-def _run_tasks(arguments: argparse.Namespace, session: Session) -> None:
+def _run_tasks(arguments: argparse.Namespace, tasks: Tasks, session: Session) -> None:
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     from megatron_hybrid.evaluate.harness import HarnessModel
 
-    files = [Path(task) for task in arguments.tasks if task.endswith((".yaml", ".yml"))]
-    folders = sorted({str(file.resolve().parent) for file in files})
-    # The harness's own thousands of task files take a while to look through.
-    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(arguments.tasks))
     results: dict[str, Any] | None = simple_evaluate(
         model=HarnessModel(session, seed=arguments.seed),
-        tasks=[str(Path(task).resolve()) if Path(task) in files else task for task in arguments.tasks],
-        task_manager=manager,
+        tasks=tasks.items,
+        task_manager=tasks.manager,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
         bootstrap_iters=arguments.bootstrap_iters,

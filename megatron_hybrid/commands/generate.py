@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import json
+import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.commands.model_arguments import add_model_arguments, load_requested_run
+from megatron_hybrid.commands.output_file import check_output_file
+from megatron_hybrid.interruption import leave_at_once_on
 
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
@@ -28,10 +34,14 @@ _EPILOG = """examples:
 
 The text goes to stdout as it comes, prompt first; what else there is to say goes to stderr. A text ends where the model ends the document,
 or before a stop string. With --input every line is a JSON object with a "prompt", and may set max_new_tokens, temperature, top_k, top_p,
-min_p, repetition_penalty, seed and stop for itself; the lines of --output have all that the input's have, and the text.
+min_p, repetition_penalty, seed and stop for itself; the lines of --output have all that the input's have, and the text. They are written to
+FILE.partial, which takes FILE's name when all are there; an interrupted run begins anew.
 """
 _OWN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
 """What a line of --input may set for itself."""
+_WHOLE_NUMBERS = {"max_new_tokens", "top_k", "seed"}
+_LIKE_AN_OPTION = 0.8
+"""How much of a key's and an option's letters agree where one is taken for a mistyped other (``difflib``'s ratio)."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,19 +67,24 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     parser.add_argument("--seed", type=int, help="the first prompt's seed; each further one has one more (default: a random one, reported)")
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="prompts at a time at most (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", metavar="N", type=int, default=131072, help="tokens of a sequence at most, prompt included (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     if (arguments.input is None) == (not arguments.prompts):
         parser.error("give a --prompt or a --prompt-file, or an --input")
     if arguments.output is not None and arguments.input is None:
         parser.error("--output is for the texts of an --input; without one they go to stdout")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
     if arguments.seed is None:
         arguments.seed = secrets.randbelow(2**31)
     if not 0 <= arguments.seed < 2**63:
         parser.error(f"--seed must be a number from 0 to 2^63 - 1, got {arguments.seed}")
     try:
+        if arguments.output is not None:
+            _check_output(arguments.input, Path(arguments.output))
         arguments.lines = None if arguments.input is None else _read_lines(arguments.input)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -110,10 +125,33 @@ def _read_lines(name: str) -> list[dict[str, Any]]:
             raise ValueError(f"{name}, line {number}, is no JSON: {error}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ValueError(f'{name}, line {number}: expected an object with a text "prompt"')
+        for key in entry.keys() - {*_OWN, "prompt"}:
+            if meant := difflib.get_close_matches(key, _OWN, n=1, cutoff=_LIKE_AN_OPTION):
+                raise ValueError(f"{name}, line {number}: there is no option {key!r}; did you mean {meant[0]!r}? If not, rename the key")
         lines.append(entry)
     if not lines:
         raise ValueError(f"{name} has no prompts")
     return lines
+
+
+def _check_output(source: str, target: Path) -> None:
+    """Look at --output before the work.
+
+    Raises:
+        ValueError: it cannot be written, or it is the --input.
+    """
+    for file in (target, _partial(target)):
+        try:
+            check_output_file(file)
+        except ValueError as error:
+            raise ValueError(f"--output {error}") from None
+    if source != "-" and target.exists() and target.samefile(source):
+        raise ValueError(f"--output {target} is the --input; give another file")
+
+
+def _partial(target: Path) -> Path:
+    """Where lines are until all are there; a device or pipe takes them at once."""
+    return target.with_name(f"{target.name}.partial") if target.is_file() or not target.exists() else target
 
 
 def _wishes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -126,18 +164,24 @@ def _wishes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     wishes = []
     for number, entry in enumerate(arguments.lines or [{"prompt": prompt} for prompt in arguments.prompts]):
-        values = {name: getattr(arguments, name) for name in _OWN} | {name: entry[name] for name in _OWN if name in entry}
-        if "seed" not in entry:
+        own = {name: entry[name] for name in _OWN if entry.get(name) is not None}
+        values = {name: getattr(arguments, name) for name in _OWN} | own
+        if "seed" not in own:
             values["seed"] += number
         try:
+            for name in own.keys() - {"stop"}:
+                if not isinstance(own[name], int if name in _WHOLE_NUMBERS else int | float) or isinstance(own[name], bool):
+                    kind = "whole number" if name in _WHOLE_NUMBERS else "number"
+                    raise ValueError(f"{name} must be a {kind}, got {json.dumps(own[name])}")
             settings = {name: values.pop(name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
             values["sampling"] = Sampling(**settings)
             values["stop"] = (values["stop"],) if isinstance(values["stop"], str) else tuple(values["stop"])
             if not all(isinstance(stop, str) and stop for stop in values["stop"]):
                 raise ValueError("stop must be texts of at least one character")
-            for name, least in (("max_new_tokens", 1), ("seed", 0)):
-                if not isinstance(values[name], int) or not least <= values[name] < 2**63:
-                    raise ValueError(f"{name} must be a whole number of at least {least}, got {values[name]!r}")
+            for name, least, end in (("max_new_tokens", 1, arguments.max_length), ("seed", 0, 2**63)):
+                if not least <= values[name] < end:
+                    more = "; raise --max-length for more" if name == "max_new_tokens" else ""
+                    raise ValueError(f"{name} must be a whole number from {least} to {end - 1}, got {values[name]}{more}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"prompt {number + 1}: {error}" if arguments.lines else str(error)) from None
         wishes.append({"prompt": entry["prompt"]} | values)
@@ -146,6 +190,7 @@ def _wishes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _generate(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) -> ExitCode:
     """Load the model and continue every prompt."""
+    leave_at_once_on(signal.SIGINT)
     from megatron_hybrid.generate.load import load_language_model
     from megatron_hybrid.generate.scheduler import Request
     from megatron_hybrid.generate.session import lead
@@ -157,14 +202,20 @@ def _generate(arguments: argparse.Namespace, run: RunConfig, substrate: Substrat
     for number, wish in enumerate(_wishes(arguments)):
         prompt = encode_prompt(wish.pop("prompt"), language_model.tokenizer, companions.prompt_prefix)
         requests.append(Request(key=number, prompt=prompt, stop_tokens=companions.end_tokens, **wish))
+    max_length = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    if max_length > arguments.max_length:
+        raise ValueError(f"a prompt and its new tokens are {max_length:,} tokens; raise --max-length, which is {arguments.max_length:,}")
     if substrate.rank == 0:
+        carried = sorted({key for line in arguments.lines or () for key in line} - {*_OWN, "prompt"})
+        if carried:
+            _report(f"carried from --input to the lines with the texts: {', '.join(carried)}")
         _report(f"{language_model.checkpoint} in {run.train.precision} on {substrate.device}, seed {arguments.seed}")
     lead(
         language_model,
         substrate,
         partial(_write_lines if arguments.lines else _print_texts, arguments, requests),
         max_batch_size=min(arguments.batch_size, len(requests)),
-        max_length=max(len(request.prompt) + request.max_new_tokens for request in requests),
+        max_length=max_length,
     )
     return ExitCode.FINISHED
 
@@ -185,6 +236,17 @@ def _run(session: Session, requests: Sequence[Request]) -> Iterator[Event]:
             yield event
 
 
+@contextlib.contextmanager
+def _until_nobody_reads() -> Iterator[None]:
+    """End the body quietly where the text goes to a program that has enough, such as head."""
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still buffered goes where it does not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@_until_nobody_reads()
 def _print_texts(arguments: argparse.Namespace, requests: Sequence[Request], session: Session) -> None:
     """Print each prompt's continuation, the first unfinished one as it comes, and then how fast it came."""
     # A terminal that cannot show a character shows a question mark.
@@ -220,6 +282,7 @@ def _report_speed(prompt_tokens: int, times_s: list[float], ending: str) -> None
     _report(f"{prompt_tokens} prompt tokens in {times_s[1] - times_s[0]:.2f} s, {num_tokens} new ones{speed}; {reason}")
 
 
+@_until_nobody_reads()
 def _write_lines(arguments: argparse.Namespace, requests: Sequence[Request], session: Session) -> None:
     """Write a JSON line for each prompt, in their order, each as soon as it and those before it are done."""
     from tqdm import tqdm
@@ -227,7 +290,9 @@ def _write_lines(arguments: argparse.Namespace, requests: Sequence[Request], ses
     texts, done = [""] * len(requests), [None] * len(requests)
     num_tokens, written = [0] * len(requests), 0
     start_s = time.perf_counter()
-    with open(arguments.output or sys.stdout.fileno(), "w", encoding="utf-8", closefd=arguments.output is not None) as file:
+    target = None if arguments.output is None else Path(arguments.output)
+    place = sys.stdout.fileno() if target is None else _partial(target)
+    with open(place, "w", encoding="utf-8", closefd=target is not None) as file:
         with tqdm(total=len(requests), unit="prompt", disable=None) as progress:
             for event in _run(session, requests):
                 texts[event.key] += event.text
@@ -246,6 +311,8 @@ def _write_lines(arguments: argparse.Namespace, requests: Sequence[Request], ses
                     }
                     print(json.dumps(arguments.lines[written] | facts, ensure_ascii=False), file=file, flush=True)
                     written += 1
+    if target is not None and place != target:
+        os.replace(place, target)
     seconds = time.perf_counter() - start_s
     _report(f"{len(requests)} prompts, {sum(num_tokens):,} new tokens in {seconds:.2f} s, {sum(num_tokens) / seconds:.1f} tokens/s")
 

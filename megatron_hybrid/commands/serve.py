@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_hybrid.commands.model_arguments import add_model_arguments, load_requested_run
+from megatron_hybrid.interruption import leave_at_once_on
 
 if TYPE_CHECKING:
     from megatron_hybrid.config import RunConfig
@@ -24,8 +25,10 @@ _EPILOG = """examples:
        -d '{"model": "model", "prompt": "import os", "max_tokens": 32, "temperature": 0.7}'
 
 Endpoints: /v1/models, /v1/completions, /v1/chat/completions (where the model has a chat template) and /health. SIGTERM or Ctrl-C lets what
-is under way finish, up to --shutdown-timeout. There is no authentication and no TLS: beyond this host, put a proxy in front.
+is under way finish, up to --shutdown-timeout; while the model is loading it ends the process at once. There is no authentication and no
+TLS: beyond this host, put a proxy in front.
 """
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,18 +80,23 @@ def main(argv: Sequence[str]) -> int:
 
 def _serve(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) -> ExitCode:
     """Load the model; on the first rank serve until asked to stop."""
+    leave_at_once_on(*_STOP_SIGNALS)
+    from torch import distributed as dist
+
     from megatron_hybrid.generate.load import load_language_model
     from megatron_hybrid.generate.session import lead
     from megatron_hybrid.substrate import ExitCode
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # The server has handlers of its own, and lets the signal come through once it has finished; other ranks wait to be dismissed.
-        signal.signal(number, lambda *_: None)
     language_model = load_language_model(run, arguments.model, substrate, step=arguments.checkpoint)
+    # Up to here every rank leaves at once, and from here on none by itself: the first one listens until asked, and dismisses the others.
+    dist.barrier(substrate.control_group)
+    came: list[int] = []
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda number, _: came.append(number))
     lead(
         language_model,
         substrate,
-        partial(_listen, arguments),
+        partial(_listen, arguments, came),
         max_batch_size=arguments.max_batch_size,
         max_length=arguments.max_length,
         prefill_tokens=arguments.prefill_tokens,
@@ -96,7 +104,8 @@ def _serve(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) 
     return ExitCode.FINISHED
 
 
-def _listen(arguments: argparse.Namespace, session: Session) -> None:
+def _listen(arguments: argparse.Namespace, came: Sequence[int], session: Session) -> None:
+    """Serve until a signal comes, or not at all where one ``came`` already."""
     import uvicorn
 
     from megatron_hybrid.serve.app import Endpoints, Limits
@@ -125,6 +134,11 @@ def _listen(arguments: argparse.Namespace, session: Session) -> None:
         f"[{session.language_model.checkpoint} as {name!r}: {arguments.max_batch_size} sequences of {arguments.max_length:,} tokens]",
         flush=True,
     )
+    for number in _STOP_SIGNALS:
+        # The server sets the same while it runs, and lets the signal come through once it has finished.
+        signal.signal(number, server.handle_exit)
+    if came:
+        return
     with contextlib.suppress(SystemExit):
         # What it says where it cannot listen, after its own message.
         server.run()

@@ -5,7 +5,7 @@ The harness calls on the first rank alone; other ranks of a divided model follow
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -21,7 +21,7 @@ from megatron_hybrid.generate.session import Session
 DEFAULT_NEW_TOKENS = 256
 """Where a task does not say."""
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_IGNORED = {"do_sample", "until", "max_gen_toks", "max_new_tokens", "max_length", "seed"}
+_OTHERS = {"do_sample", "until", "max_gen_toks", "max_new_tokens", "seed"}
 
 
 class HarnessModel(TemplateLM):
@@ -151,12 +151,11 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _request(self, number: int, context: str, settings: dict[str, Any]) -> Request:
-        unknown = settings.keys() - _IGNORED - set(_SETTINGS)
-        if unknown:
-            raise ValueError(f"the task asks for {', '.join(sorted(unknown))}; there are {', '.join(_SETTINGS)}, until and max_gen_toks")
-        # As for transformers: a task that does not sample is greedy, whatever temperature it names.
-        sampled = settings.get("do_sample", settings.get("temperature", 0.0) > 0)
+        check_settings(settings)
         chosen = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+        # As for transformers: a task that does not sample is greedy, whatever temperature it names.
+        do_sample = settings.get("do_sample")
+        sampled = chosen.get("temperature", 0.0) > 0 if do_sample is None else do_sample
         chosen["temperature"] = float(chosen.get("temperature", 1.0)) if sampled else 0.0
         num_new = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or min(DEFAULT_NEW_TOKENS, self.max_length // 2))
         room = self.max_length - num_new
@@ -171,6 +170,20 @@ class HarnessModel(TemplateLM):
             seed=int(settings.get("seed", self._seed)) + number,
             stop=_texts(settings.get("until")),
             stop_tokens=self._language_model.companions.end_tokens,
+        )
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Tell whether a task's ``generation_kwargs`` can be followed.
+
+    Raises:
+        ValueError: one has no meaning here.
+    """
+    unknown = sorted(settings.keys() - _OTHERS - set(_SETTINGS))
+    if unknown:
+        raise ValueError(
+            f"the task's generation_kwargs have {', '.join(unknown)}, which there is not here; there are {', '.join(_SETTINGS)}, "
+            "do_sample, seed, until and max_gen_toks"
         )
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from megatron_hybrid.generate.chat import ChatWriter
 from megatron_hybrid.generate.scheduler import Event, Request
-from megatron_hybrid.serve.protocol import Answer, ChatRequest, CompletionRequest, GenerationRequest, Prompt, ServeError
+from megatron_hybrid.serve.protocol import Answer, ChatRequest, CompletionRequest, GenerationRequest, Prompt, ServeError, refusal
 from megatron_hybrid.serve.worker import Busy, Worker
 
 _BODY_TIMEOUT_S = 30.0
@@ -62,6 +62,7 @@ class Endpoints:
         routes = [
             Route("/health", self.health),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
         ]
@@ -85,10 +86,22 @@ class Endpoints:
         return JSONResponse(state)
 
     async def models(self, http: HttpRequest) -> Response:
-        """The one model."""
+        """The one model, as a list."""
+        return JSONResponse({"object": "list", "data": [self._model_facts()]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        """The one model, asked for by its name."""
+        self._check_name(http.path_params["name"])
+        return JSONResponse(self._model_facts())
+
+    def _model_facts(self) -> dict[str, Any]:
         max_length = self._worker.session.engine.max_length
         model = {"id": self._model_name, "object": "model", "created": self._started_s, "owned_by": "megatron_hybrid"}
-        return JSONResponse({"object": "list", "data": [model | {"max_model_len": max_length}]})
+        return model | {"max_model_len": max_length}
+
+    def _check_name(self, name: str) -> None:
+        if name != self._model_name:
+            raise ServeError(404, f"there is no model {name!r} here; there is {self._model_name!r}", param="model")
 
     async def completions(self, http: HttpRequest) -> Response:
         """Continue prompts."""
@@ -137,11 +150,8 @@ class Endpoints:
         except ClientDisconnect:
             raise ServeError(_CLIENT_CLOSED, "the client went away") from None
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = str(problem["loc"][0]) if problem["loc"] else None
-            raise ServeError(400, f"{'.'.join(map(str, problem['loc'])) or 'body'}: {problem['msg']}", param=field) from None
-        if body.model != self._model_name:
-            raise ServeError(404, f"there is no model {body.model!r} here; there is {self._model_name!r}", param="model")
+            raise refusal(error) from None
+        self._check_name(body.model)
         return body
 
     def _encode(self, prompt: Prompt) -> list[int]:

@@ -1,22 +1,24 @@
 """OpenAI's requests and answers, as far as they are met here.
 
 A field that is not known is refused, and so is a known one with a value that would change the answer in a way that is not implemented:
-nothing that is asked for is silently left out. Beyond OpenAI's there are vLLM's names for top_k, min_p, repetition_penalty, ignore_eos and
-stop_token_ids.
+nothing that is asked for is silently left out. null stands for a field's default. Beyond OpenAI's there are vLLM's names for top_k, min_p,
+repetition_penalty, ignore_eos and stop_token_ids.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_hybrid.generate.sampling import Sampling
 
 Prompt = str | list[int]
 """Text, or token ids."""
+_PROBLEMS_SHOWN = 4
 
 
 class ServeError(Exception):
@@ -31,13 +33,48 @@ class ServeError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}}
 
 
+def refusal(error: ValidationError) -> ServeError:
+    """What the sender of a request is told of its first wrong field: what each kind that it may be of expects."""
+    problems = error.errors(include_url=False)
+    place = problems[0]["loc"][:1]
+    texts = [f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in problems if each["loc"][:1] == place]
+    return ServeError(400, "; ".join(texts[:_PROBLEMS_SHOWN]), param=str(place[0]) if place else None)
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # Strict: true is no number, and "5" neither.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    not_implemented: ClassVar[dict[str, tuple[object, ...]]] = {}
+    """OpenAI's fields that only take the values named here, which change nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_defaults(cls, fields: object) -> object:
+        """Leave out what says nothing: null where a field has a default, and neutral values of what is not implemented.
+
+        Raises:
+            ServeError: a field that is not implemented has another value.
+        """
+        if not isinstance(fields, dict):
+            return fields
+        kept = {}
+        for name, value in fields.items():
+            if name not in cls.not_implemented:
+                if value is not None or name not in cls.model_fields or cls.model_fields[name].is_required():
+                    kept[name] = value
+            elif value is not None and not any(
+                value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in cls.not_implemented[name]
+            ):
+                choices = " or ".join(map(json.dumps, (*cls.not_implemented[name], None)))
+                raise ServeError(400, f"{name} is not implemented here; leave it out, or give {choices}", param=name)
+        return kept
 
 
 class StreamOptions(_Part):
     """What a stream has beside the text."""
 
+    not_implemented = {"include_obfuscation": (False,)}
     include_usage: bool = False
     """A last chunk with the numbers of tokens."""
 
@@ -45,6 +82,14 @@ class StreamOptions(_Part):
 class GenerationRequest(_Part):
     """What both kinds of requests have."""
 
+    not_implemented = {
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "metadata": ({},),
+        "presence_penalty": (0,),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+    }
     model: str
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -53,7 +98,7 @@ class GenerationRequest(_Part):
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
     n: int = Field(1, ge=1, le=64)
-    seed: int | None = Field(None, ge=0, lt=2**62)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
@@ -61,14 +106,6 @@ class GenerationRequest(_Part):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Whoever asks; nothing depends on it."""
-    presence_penalty: Literal[0] = 0
-    frequency_penalty: Literal[0] = 0
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-
-    @field_validator("presence_penalty", "frequency_penalty", mode="before")
-    @classmethod
-    def _is_zero(cls, value: object) -> object:
-        return 0 if value is None or value == 0 else value
 
     @field_validator("stop")
     @classmethod
@@ -90,19 +127,17 @@ class GenerationRequest(_Part):
 
     def seeds(self, count: int) -> list[int]:
         """One for each choice."""
-        first = secrets.randbelow(2**31) if self.seed is None else self.seed
+        # The engine's are 0 to 2^63 - 1, and further choices count on from the first.
+        first = secrets.randbelow(2**31) if self.seed is None else self.seed % 2**62
         return [first + number for number in range(count)]
 
 
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
+    not_implemented = GenerationRequest.not_implemented | {"best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",)}
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int = Field(16, ge=1)
-    echo: Literal[False] = False
-    best_of: int | None = Field(None, ge=1, le=1)
-    logprobs: None = None
-    suffix: None = None
 
     def prompts(self) -> list[Prompt]:
         """One or several."""
@@ -120,9 +155,16 @@ class TextPart(_Part):
 class Message(_Part):
     """What somebody said."""
 
+    not_implemented = {"audio": (), "function_call": (), "refusal": (), "tool_calls": ([],)}
     role: str
-    content: str | list[TextPart]
+    content: str | list[TextPart] = ""
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"a message of the {self.role} needs a content")
+        return self
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -134,12 +176,25 @@ class Message(_Part):
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
+    not_implemented = GenerationRequest.not_implemented | {
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "logprobs": (False,),
+        "modalities": (["text"],),
+        # Of tools, of which there are none.
+        "parallel_tool_calls": (False, True),
+        "prediction": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "web_search_options": (),
+    }
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
-    tools: None = None
-    response_format: None = None
 
 
 class Answer:

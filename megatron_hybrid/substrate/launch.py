@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -19,6 +20,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron_hybrid.config.schema import RunConfig
+from megatron_hybrid.interruption import leave_at_once_on, raise_on_interrupt
 from megatron_hybrid.substrate import rendezvous
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
@@ -62,6 +64,7 @@ def _run_rank(entry: Entry, config: RunConfig, place: Place) -> int:
         show_own_messages()
     board = None
     try:
+        raise_on_interrupt()
         wait_s = rendezvous.wait_s(config)
         store = rendezvous.open_store(place, wait_s)
         if place.world_size > 1:
@@ -115,13 +118,15 @@ class _LocalRanks:
         return self._exit_code
 
     def _start(self) -> None:
-        # A terminal's Ctrl-C reaches this process, which hands it on; ranks that are still importing would only print tracebacks.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ranks that are still importing would only print tracebacks, so Ctrl-C waits until they can take it. What starts processes also
+        # starts this tracker, once, and takes signals up again when it has.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for process in self._processes:
                 process.start()
         finally:
-            signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _wait(self) -> None:
         running = {process.sentinel: process for process in self._processes}
@@ -149,10 +154,13 @@ class _LocalRanks:
         self._deadline_s = min(self._deadline_s, time.monotonic() + GRACE_S)
 
     def _kill(self) -> None:
+        is_silent = self._processes[0].is_alive() and signal.SIGINT in self._forwarded
         for process in self._processes:
             if process.pid is not None:
                 process.kill()
                 process.join()
+        if is_silent and self._board.claim(self._exit_code):
+            print("interrupted", file=sys.stderr)
 
     @contextlib.contextmanager
     def _forwarding_signals(self) -> Iterator[None]:
@@ -179,8 +187,9 @@ def _local_rank(payload: bytes, environment: dict[str, str]) -> None:
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     # Its own process group, so that Ctrl-C comes once, from the parent.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
+    leave_at_once_on(signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # gloo would ask the resolver for this host's name, which a laptop without a network may not know.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     silence_known_warnings()

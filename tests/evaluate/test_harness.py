@@ -72,7 +72,7 @@ def answers(run: RunConfig) -> dict[str, Any]:
     texts = generate(engine, [Start([EOD_ID, 5, 6], Sampling(temperature=0.0), 0)], 6)[0]
     stop = f"t{texts[3]}"
     settings = [{"max_gen_toks": 6}, {"max_gen_toks": 6, "until": [stop]}, {"max_gen_toks": 6, "temperature": 0.7, "do_sample": False}]
-    settings += [{"max_gen_toks": 6, "temperature": 1.0, "do_sample": True, "seed": 3}]
+    settings += [{"max_gen_toks": 6, "temperature": 1.0, "do_sample": True, "seed": 3}, {"max_gen_toks": 6, "temperature": None}]
     report["until"] = (
         harness.generate_until([instance("generate_until", "t5 t6", each) for each in settings], disable_tqdm=True),
         words(texts),
@@ -93,8 +93,8 @@ def test_the_three_questions_get_the_models_answers(tmp_path: Path, run_ranks) -
     assert [is_greedy for (_, is_greedy), _ in report["scores"]][1]
     rolled, expected = report["rolling"]
     assert rolled == pytest.approx(expected, rel=1e-5)
-    (plain, stopped, unsampled, sampled), greedy, stop, drawn = report["until"]
-    assert plain.split() == greedy.split() == unsampled.split()
+    (plain, stopped, unsampled, sampled, untempered), greedy, stop, drawn = report["until"]
+    assert plain.split() == greedy.split() == unsampled.split() == untempered.split()
     assert stopped.split() == greedy.split(stop)[0].split()
     assert sampled.split() == drawn.split() != greedy.split()
     assert report["chat"] == ("<|endoftext|> t5 <|endoftext|> t6 t9", [EOD_ID, 5, EOD_ID, 6, 9])

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.distributed import RankPool
@@ -120,6 +121,9 @@ def server(run_dir: Path) -> Iterator[Server]:
 def test_it_says_what_it_serves_and_how_it_is(server: Server) -> None:
     status, models, _ = server.ask("GET", "/v1/models")
     assert status == 200 and [(model["id"], model["max_model_len"]) for model in models["data"]] == [("small", MAX_LENGTH)]
+    assert server.ask("GET", "/v1/models/small")[:2] == (200, models["data"][0])
+    status, answer, _ = server.ask("GET", "/v1/models/other")
+    assert status == 404 and "no model 'other'" in answer["error"]["message"]
     status, health, _ = server.ask("GET", "/health")
     assert status == 200 and health == {"status": "ok", "open": 0, "waiting": 0, "max_open": SLOTS + WAITING}
 
@@ -179,6 +183,27 @@ def test_chats_are_written_by_the_template(server: Server) -> None:
     assert text == answer["choices"][0]["message"]["content"] and chunks[-1]["choices"][0]["finish_reason"] == "length"
     status, answer, _ = server.ask("POST", "/v1/chat/completions", {**fields, "messages": [{"role": "system", "content": "t5"}]})
     assert status == 400 and "no system messages" in answer["error"]["message"]
+
+
+def test_openais_own_client_is_served(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=60)
+    assert client.models.retrieve("small").id == client.models.list().data[0].id == "small"
+    asked = {"model": "small", "prompt": "t5 t17 t3", "max_tokens": 6, "temperature": 0}
+    text = server.complete(temperature=0)[1]["choices"][0]["text"]
+    assert client.completions.create(**asked, n=None, top_p=None).choices[0].text == text
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)) == text
+    messages = [{"role": "user", "content": "t5"}, {"role": "assistant", "content": None}]
+    chat = {"model": "small", "messages": messages, "max_tokens": 6, "seed": -1, "response_format": {"type": "text"}, "store": False}
+    answer = client.chat.completions.create(**chat, temperature=None, tools=[], top_logprobs=None)
+    assert answer.choices[0].message.role == "assistant" and answer.usage.completion_tokens == 6
+    chunks = client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True})
+    *pieces, closing = chunks
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == answer.choices[0].message.content
+    assert closing.usage == answer.usage
+    with pytest.raises(openai.BadRequestError, match="tool_choice is not implemented here"):
+        client.chat.completions.create(**chat, tool_choice="required")
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.completions.create(model="other", prompt="t5")
 
 
 @pytest.mark.parametrize(

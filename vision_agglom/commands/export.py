@@ -25,7 +25,8 @@ _EPILOG = """examples:
 
 Writes OUTPUT/radio.pth (torch.hub, NVlabs/RADIO's loader; heads and adaptors included), OUTPUT/transformers/ (RadioModel; the backbone)
 and OUTPUT/radio.onnx (backbone and heads for one image side, compared with torch in onnxruntime). Spectral scales are multiplied into the
-weights, and heads speak the teachers' own spaces.
+weights, and heads speak the teachers' own spaces. A format that cannot be such a student is left out, saying why; it is an error where
+--formats names it, or where none is left.
 """
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser = verb_parser("export", "Write a trained student for torch.hub, transformers and ONNX.", _EPILOG)
     parser.add_argument("run_dir", type=Path, help="run directory that train made")
     parser.add_argument("output", type=Path, help="folder to write into; made where it is not there")
-    parser.add_argument("--formats", nargs="+", choices=_FORMATS, default=list(_FORMATS), help="what to write (default: everything)")
+    parser.add_argument("--formats", nargs="+", choices=_FORMATS, help="what to write (default: every format that can be such a student)")
     parser.add_argument(
         "--image-side",
         type=int,
@@ -72,9 +73,22 @@ def _export(arguments: argparse.Namespace, run: VisionConfig, substrate: Substra
 
     trained = load_trained(run, arguments.run_dir, substrate, step=arguments.step)
     print(f"{trained.checkpoint}, {arguments.image_side} pixels", flush=True)
-    for name in arguments.formats:
-        print(_FORMATS[name](trained, arguments.output, arguments.image_side), flush=True)
-    return ExitCode.FINISHED
+    written = write_formats(trained, arguments.output, arguments.image_side, arguments.formats or list(_FORMATS))
+    return ExitCode.FINISHED if written and (arguments.formats is None or len(written) == len(arguments.formats)) else ExitCode.ERROR
+
+
+def write_formats(trained: TrainedStudent, output: Path, side: int, formats: Sequence[str]) -> list[str]:
+    """Write those formats that can be such a student, saying of the others why they cannot; return the ones written."""
+    written = []
+    for name in formats:
+        try:
+            line = _FORMATS[name](trained, output, side)
+        except ValueError as error:
+            print(f"{name} is not written: {error}", file=sys.stderr, flush=True)
+        else:
+            print(line, flush=True)
+            written.append(name)
+    return written
 
 
 def _write_hub(trained: TrainedStudent, output: Path, side: int) -> str:

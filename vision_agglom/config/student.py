@@ -70,7 +70,9 @@ class StudentConfig(Section):
     damp_std: float = Field(0.0, ge=0, lt=1)
     """DAMP (Trinh et al. 2024): standard deviation of Gaussian noise that multiplies the blocks' weights in training, drawn per step."""
     initialize_from: Path | None = None
-    """A timm ViT's state dict (.safetensors, .pth, .pt) that the blocks, the patch embedding and the positions start from."""
+    """A ViT in timm's or RADIO's names (.safetensors, .pth, .pt) that the backbone starts from: blocks, patches, positions, tokens."""
+    initialize_skip: tuple[str, ...] = ()
+    """Beginnings of names in initialize_from that are passed over on purpose, such as norm.; else a tensor without a place is an error."""
 
     @property
     def head_dim(self) -> int:
@@ -97,8 +99,9 @@ class StudentConfig(Section):
 
     def architecture(self) -> dict[str, Any]:
         """What decides the weights' names and shapes and what they mean, as plain JSON."""
-        skipped = {"init_std", "damp_std", "initialize_from", "position_dropout", "windows", "num_registers", "register_multiple"}
-        return self.model_dump(mode="json", exclude=skipped)
+        beginnings = {"init_std", "initialize_from", "initialize_skip"}
+        training = {"damp_std", "position_dropout", "windows"}
+        return self.model_dump(mode="json", exclude=beginnings | training | {"num_registers", "register_multiple"})
 
     @model_validator(mode="after")
     def _check(self) -> StudentConfig:
@@ -108,6 +111,8 @@ class StudentConfig(Section):
             raise ValueError(f"max_image_size={self.max_image_size} does not divide by patch_size={self.patch_size}; change one of them")
         if self.register_multiple is not None and self.num_registers:
             raise ValueError(f"num_registers={self.num_registers} and register_multiple={self.register_multiple} exclude each other")
+        if self.initialize_skip and self.initialize_from is None:
+            raise ValueError(f"initialize_skip={list(self.initialize_skip)} is not read without initialize_from; drop it")
         if self.windows.sizes and self.windows.num_global_blocks > self.num_layers:
             raise ValueError(f"windows.num_global_blocks={self.windows.num_global_blocks} exceeds num_layers={self.num_layers}")
         return self

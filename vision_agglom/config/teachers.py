@@ -22,6 +22,8 @@ class TeacherConfig(Section):
     """Load weights. False builds an offline twin: random weights from seed, of the architecture that options describe."""
     weights: str | None = None
     """open_clip's tag of the weights, such as dfn5b, or a local file. The other libraries find them by model."""
+    revision: str = "main"
+    """transformers' branch, tag or commit in the hub's repository; a commit cannot move while a run is resumed."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Changes to the architecture: configuration fields (transformers, checkpoint), arguments (timm, torch_hub), vision_cfg (open_clip)."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -53,6 +55,11 @@ class TeacherConfig(Section):
             raise ValueError(f"{self.name}: weights={self.weights!r} is not read with pretrained=false; drop one of them")
         if self.weights is not None and self.library != "open_clip":
             raise ValueError(f"{self.name}: weights is read with library=open_clip only; name the weights by model")
+        if self.revision != "main" and (self.library != "transformers" or not self.pretrained):
+            raise ValueError(
+                f"{self.name}: revision={self.revision!r} is read with library=transformers and pretrained=true only; drop it"
+                + (" and write REPO:BRANCH:ENTRY as model" if self.library == "torch_hub" else "")
+            )
         if self.pretrained and self.library == "open_clip" and self.weights is None:
             raise ValueError(f"{self.name}: open_clip needs weights, the tag of the weights, such as dfn5b")
         if (self.mean is None) != (self.std is None):

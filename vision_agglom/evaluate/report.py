@@ -190,7 +190,10 @@ class Evaluation:
         """One vector per class, [classes, C], from the teacher's text tower, which is not kept."""
         teacher = self.run.teacher(options.teacher)
         try:
-            tower = load_text_tower(teacher.library, options.text_model or teacher.model, self.substrate.device, teacher.weights)
+            # The revision is the teacher's repository's.
+            revision = "main" if options.text_model else teacher.revision
+            model = options.text_model or teacher.model
+            tower = load_text_tower(teacher.library, model, self.substrate.device, teacher.weights, revision)
         except ValueError as error:
             raise ValueError(f"evaluation.zero_shot.teacher={teacher.name}: {error}") from error
         return embed_classes(tower, options.class_names)

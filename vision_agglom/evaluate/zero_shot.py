@@ -28,8 +28,8 @@ def zero_shot_predict(images_BC: Tensor, classes_KC: Tensor) -> Tensor:
     return (normalize(images_BC.float(), dim=1) @ classes_KC.T).argmax(1)
 
 
-def load_text_tower(library: str, model: str, device: torch.device | str, weights: str | None = None) -> TextTower:
-    """Load the text half of a CLIP or SigLIP: transformers (hub name or folder) or open_clip (name and ``weights``).
+def load_text_tower(library: str, model: str, device: torch.device | str, weights: str | None = None, revision: str = "main") -> TextTower:
+    """Load the text half of a CLIP or SigLIP: transformers (hub name or folder, ``revision``) or open_clip (name and ``weights``).
 
     Raises:
         ValueError: the library has no text towers, or cannot load this one.
@@ -37,18 +37,18 @@ def load_text_tower(library: str, model: str, device: torch.device | str, weight
     if library not in TEXT_LIBRARIES:
         raise ValueError(f"library={library} has no text towers; zero-shot needs a teacher from transformers or open_clip")
     try:
-        return _transformers_tower(model, device) if library == "transformers" else _open_clip_tower(model, weights, device)
+        return _transformers_tower(model, revision, device) if library == "transformers" else _open_clip_tower(model, weights, device)
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"{library} cannot load the text tower {model!r} (evaluation.zero_shot.text_model): {error}") from error
 
 
-def _transformers_tower(model: str, device: torch.device | str) -> TextTower:
+def _transformers_tower(model: str, revision: str, device: torch.device | str) -> TextTower:
     import transformers
 
-    whole = transformers.AutoModel.from_pretrained(model).eval().requires_grad_(False).to(device)
+    whole = transformers.AutoModel.from_pretrained(model, revision=revision).eval().requires_grad_(False).to(device)
     if not hasattr(whole, "get_text_features"):
         raise ValueError(f"{model} has no text tower")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
     # SigLIP was trained on texts padded to the full length, CLIP pads to the longest.
     padding = "max_length" if whole.config.model_type.startswith("siglip") else True
 

@@ -132,7 +132,8 @@ def ratio_for(hidden: int, width: int) -> float:
 def _check(shape: PlainViTShape, heads: tuple[PlainHeadShape, ...]) -> None:
     if shape.mlp != "gelu":
         raise ValueError(
-            "NVlabs' loader builds SwiGLU students as another architecture (dino_v2_g_student); export to transformers instead"
+            "NVlabs' loader builds SwiGLU students as another architecture (dino_v2_g_student), whose files are not written here; "
+            "transformers and onnx are"
         )
     if shape.norm_eps != 1e-6:
         raise ValueError(f"NVlabs' loader builds norms with eps 1e-6, this student's is {shape.norm_eps}")

@@ -1,7 +1,4 @@
-"""Teachers from a plain checkpoint: a file in the names of NVlabs' RADIO releases (and of our exports), or of a timm ViT.
-
-The file is opened with weights_only: tensors, plain types and argparse.Namespace, nothing that runs.
-"""
+"""Teachers from a plain checkpoint: a file in the names of NVlabs' RADIO releases (and of our exports), or of a timm ViT."""
 
 from __future__ import annotations
 
@@ -14,11 +11,15 @@ import torch
 from torch import Tensor
 
 from vision_agglom.config.teachers import TeacherConfig
+from vision_agglom.plain.files import GENERATOR, read_vit_file
 from vision_agglom.plain.vit import RGB, PlainViT, PlainViTShape
 from vision_agglom.teachers.tower import IMAGENET, Tower, build_seeded
 
 _HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "so400m": 16, "giant": 16}
 """Attention heads by the size in timm's model names, which no tensor's shape tells."""
+
+_BEHIND_THE_BACKBONE = ("_heads.", "_feature_projections.", "summary_idxs", "head.", "fc_norm.", "mask_token")
+"""Beginnings of names in a file that a teacher's own two outputs do not come from."""
 
 
 def build_tower(spec: TeacherConfig) -> Tower:
@@ -33,36 +34,15 @@ def build_tower(spec: TeacherConfig) -> Tower:
     if not spec.pretrained:
         shape = PlainViTShape(**_as_tuples(spec.options))
         return _tower(build_seeded(spec.seed, lambda: PlainViT(shape)), fixed_resolution=False)
-    state, args = read_checkpoint(spec.model)
-    is_timm = "base_model.patch_generator.pos_embed" not in state
-    if is_timm:
-        state = _rename_timm(state)
-    model = PlainViT(_find_shape(state, args, spec.options))
-    heads = ("_heads.", "_feature_projections.")
-    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(heads) and name != "summary_idxs"})
-    return _tower(model, fixed_resolution=is_timm)
-
-
-def read_checkpoint(path: str) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    """Return a file's state dict and arguments (an empty namespace for a bare state dict).
-
-    Raises:
-        ValueError: it holds something else than tensors and plain types, or no state dict.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises pickle, zip and runtime errors of many kinds
-        raise ValueError(f"not a checkpoint of tensors and plain types: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"expected a dictionary, got {type(loaded).__name__}")
-    args = loaded.get("args", argparse.Namespace())
-    state = next((loaded[key] for key in ("state_dict_ema", "state_dict", "model") if key in loaded), loaded)
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError("expected a state dict, or a dictionary that holds one as state_dict")
-    return dict(state), args
+    file = read_vit_file(spec.model)
+    state = {name: tensor for name, tensor in file.state.items() if not name.startswith(_BEHIND_THE_BACKBONE)}
+    if file.is_timm:
+        if not len(state[f"{GENERATOR}cls_token.token"]):
+            raise ValueError("expected a timm ViT with a class token")
+        state |= {f"input_conditioner.norm_{kind}": torch.tensor(rgb).view(3, 1, 1) for kind, rgb in zip(("mean", "std"), IMAGENET)}
+    model = PlainViT(_find_shape(state, file.args, spec.options))
+    model.load_state_dict(state)
+    return _tower(model, fixed_resolution=file.is_timm)
 
 
 def find_num_heads(args: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -123,32 +103,6 @@ def _find_shape(state: dict[str, Tensor], args: argparse.Namespace, options: dic
         qkv_bias="base_model.blocks.0.attn.qkv.bias" in state,
         patch_bias="base_model.patch_generator.embedder.bias" in state,
     )
-
-
-def _rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring a timm ViT into NVlabs' names: its class token's own position is added to the token, which changes nothing."""
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        raise ValueError("expected parameters of NVlabs' RADIO (base_model.patch_generator...) or of a timm ViT (patch_embed.proj...)")
-    renamed = {f"base_model.{name}": tensor for name, tensor in state.items() if name.startswith(("blocks.", "norm."))}
-    prefix = [state[name][0] for name in ("cls_token", "reg_token") if name in state]
-    positions = state["pos_embed"]
-    num_positions = positions.shape[1]
-    num_prefix_positions = num_positions - math.isqrt(num_positions) ** 2
-    tokens = torch.cat(prefix) if prefix else torch.empty(0)
-    if not prefix or num_prefix_positions not in (0, len(tokens)):
-        raise ValueError("expected a timm ViT with a class token, and positions of all its tokens or of the patches alone")
-    tokens[:num_prefix_positions] += positions[0, :num_prefix_positions]
-    generator = "base_model.patch_generator"
-    renamed |= {
-        f"{generator}.embedder.weight": state["patch_embed.proj.weight"].flatten(1),
-        f"{generator}.pos_embed": positions[:, num_prefix_positions:],
-        f"{generator}.cls_token.token": tokens,
-        "input_conditioner.norm_mean": torch.tensor(IMAGENET[0]).view(3, 1, 1),
-        "input_conditioner.norm_std": torch.tensor(IMAGENET[1]).view(3, 1, 1),
-    }
-    if "patch_embed.proj.bias" in state:
-        renamed[f"{generator}.embedder.bias"] = state["patch_embed.proj.bias"]
-    return renamed
 
 
 def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from vision_agglom.teachers.tower import Tower
 class FrozenTeacher:
     """Runs a tower on images in [0, 1] (see ``contract.Teacher``).
 
+    A side that a tower was made for and its patch does not divide is rounded down: 384 with patches of 14 are 378, since the patch
+    embedding drops the rest. One that the configuration gives has to be a multiple of the patch.
+
     Args:
         tower: as its library built it.
         dtype: fp32 or bf16, of weights, activations and features.
@@ -23,10 +26,11 @@ class FrozenTeacher:
     """
 
     def __init__(self, tower: Tower, config: TeacherConfig, device: torch.device | str, dtype: torch.dtype) -> None:
-        resolution = config.resolution or tower.resolution
-        if not tower.can_change_sides and (config.sides == "any" or resolution != tower.resolution):
+        own_side = tower.resolution // tower.patch_size * tower.patch_size
+        resolution = config.resolution or own_side
+        if not tower.can_change_sides and (config.sides == "any" or resolution != own_side):
             raise ValueError(
-                f"teacher {config.name!r} runs at {tower.resolution} pixels only; drop sides={config.sides} and resolution={resolution}, "
+                f"teacher {config.name!r} runs at {own_side} pixels only; drop sides={config.sides} and resolution={resolution}, "
                 "or set resize_input=true"
             )
         self.tower = tower
@@ -87,14 +91,16 @@ class FrozenTeacher:
     @torch.no_grad()
     def _with_channels(self, facts: TeacherFacts) -> TeacherFacts:
         """Run the tower once, so that what it cannot do is said before anything else begins."""
-        side = facts.resolution
-        if side % facts.patch_size:
-            raise ValueError(f"teacher {facts.name!r}: resolution={side} is no multiple of its patch of {facts.patch_size} pixels")
+        side, patch = facts.resolution, facts.patch_size
+        if side % patch:
+            below, above = side // patch * patch, -(-side // patch) * patch
+            choice = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"teacher {facts.name!r}: resolution={side} is no multiple of its patch of {patch} pixels; write {choice}")
         try:
             summary, spatial = self._describe(torch.zeros(1, 3, side, side, device=self.mean_C.device))
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"teacher {facts.name!r} fails on an image of {side} x {side} pixels: {error}") from error
-        num_tokens = (side // facts.patch_size) ** 2
+        num_tokens = (side // patch) ** 2
         assert spatial.ndim == 3 and spatial.shape[1] == num_tokens, f"{facts.name}: {tuple(spatial.shape)} for {num_tokens} patches"
         summary_channels = None if summary is None else summary.shape[1]
         return TeacherFacts(facts.name, facts.patch_size, side, facts.fixed_resolution, summary_channels, spatial.shape[2])

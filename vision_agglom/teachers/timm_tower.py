@@ -41,11 +41,16 @@ def describe_timm(model: nn.Module, fixed_resolution: bool) -> Tower:
         summary = model.forward_head(features, pre_logits=True)
         return summary, flatten_map(features) if features.ndim == 4 else features[:, model.num_prefix_tokens :]
 
+    patch_size = side_of(model.patch_embed.patch_size)
+    resolution = side_of(getattr(model.patch_embed, "img_size", None) or config["input_size"])
+    if resolution % patch_size:
+        # Of 384 pixels and patches of 14 it sees 378: what is left over need not be there.
+        model.patch_embed.strict_img_size = False
     return Tower(
         module=model,
         describe=describe,
-        patch_size=side_of(model.patch_embed.patch_size),
-        resolution=side_of(getattr(model.patch_embed, "img_size", None) or config["input_size"]),
+        patch_size=patch_size,
+        resolution=resolution,
         fixed_resolution=fixed_resolution or is_sam,
         normalisation=(tuple(config["mean"]), tuple(config["std"])),
         can_change_sides=not is_sam,

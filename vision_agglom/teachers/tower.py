@@ -28,7 +28,7 @@ class Tower:
     """From normalised images [B, 3, H, W] to summary and spatial features."""
     patch_size: int
     resolution: int
-    """Side in pixels that it was made for."""
+    """Side in pixels that it was made for; the teacher's is rounded down to whole patches, which are all that a ViT sees of it."""
     fixed_resolution: bool
     """Whether it takes no other side, or was trained at this one alone."""
     normalisation: tuple[RGB, RGB]

@@ -140,9 +140,11 @@ def build_tower(spec: TeacherConfig) -> Tower:
         OSError: the hub or the folder has no such model.
     """
     if spec.pretrained:
-        kind, kind_name = _find_kind(transformers.PretrainedConfig.get_config_dict(spec.model)[0].get("model_type", "none"))
+        kind, kind_name = _find_kind(
+            transformers.PretrainedConfig.get_config_dict(spec.model, revision=spec.revision)[0].get("model_type", "none")
+        )
         model = _load_pretrained(kind, kind_name, spec)
-        normalisation = _read_normalisation(spec.model)
+        normalisation = _read_normalisation(spec)
     else:
         kind, kind_name = _find_kind(spec.model)
         config = _make_config(kind, spec.options)
@@ -151,10 +153,13 @@ def build_tower(spec: TeacherConfig) -> Tower:
     if kind_name == "radio":
         normalisation = tuple(model.config.norm_mean), tuple(model.config.norm_std)
     resolution = _DEFAULT_SIDES.get(kind_name) or side_of(model.config.image_size)
+    patch_size = side_of(model.config.patch_size)
+    # A side of broken patches is run as whole ones, which the model counts as another side.
+    any_side = spec.sides == "any" or spec.resolution not in (None, resolution) or resolution % patch_size > 0
     return Tower(
         module=model,
-        describe=kind.read(model, spec.sides == "any" or spec.resolution not in (None, resolution)),
-        patch_size=side_of(model.config.patch_size),
+        describe=kind.read(model, any_side),
+        patch_size=patch_size,
         resolution=resolution,
         fixed_resolution=kind.fixed,
         normalisation=normalisation or kind.normalisation,
@@ -183,14 +188,14 @@ def _make_config(kind: _Kind, options: dict[str, Any]) -> transformers.Pretraine
 
 def _load_pretrained(kind: _Kind, kind_name: str, spec: TeacherConfig) -> nn.Module:
     if kind_name == "sam3":
-        return transformers.AutoModel.from_pretrained(spec.model, **spec.options).vision_encoder.backbone
-    return getattr(transformers, kind.model).from_pretrained(spec.model, **spec.options)
+        return transformers.AutoModel.from_pretrained(spec.model, revision=spec.revision, **spec.options).vision_encoder.backbone
+    return getattr(transformers, kind.model).from_pretrained(spec.model, revision=spec.revision, **spec.options)
 
 
-def _read_normalisation(model: str) -> tuple[RGB, RGB] | None:
+def _read_normalisation(spec: TeacherConfig) -> tuple[RGB, RGB] | None:
     """Return mean and standard deviation from the model's preprocessor_config.json, None where it has none."""
     try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(model)
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(spec.model, revision=spec.revision)
     except OSError:
         return None
     mean, std = processor.get("image_mean"), processor.get("image_std")

@@ -36,6 +36,15 @@ def test_a_class_is_the_mean_of_its_sentences_and_finds_itself(clip: Path) -> No
     assert zero_shot_predict(classes * torch.tensor([[3.0], [0.1], [7.0]]), classes).tolist() == [0, 1, 2]
 
 
+def test_the_text_tower_is_of_the_teachers_revision(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for loader in (transformers.AutoModel, transformers.AutoTokenizer):
+        load = loader.from_pretrained
+        monkeypatch.setattr(loader, "from_pretrained", lambda model, load=load, revision=None: asked.append(revision) or load(model))
+    load_text_tower("transformers", str(clip), "cpu", revision="v2")
+    assert asked == ["v2", "v2"]
+
+
 def test_models_without_texts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="library=timm has no text towers"):
         load_text_tower("timm", "x", "cpu")

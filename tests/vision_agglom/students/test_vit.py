@@ -122,7 +122,7 @@ def test_files_of_another_student_are_refused(tmp_path: Path, run_ranks) -> None
     torch.save({"blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "vit.pth")
     run = student_run(tmp_path, {"initialize_from": tmp_path / "vit.pth"})
     (message,) = run_ranks(raised_by, 1, features_of, run, torch.zeros(1, 3, 32, 32))
-    assert "expected a timm ViT's state dict" in message
+    assert f"student.initialize_from={tmp_path / 'vit.pth'}: expected parameters of NVlabs' RADIO" in message
 
 
 def count(run: VisionConfig) -> int:

@@ -88,6 +88,26 @@ def test_other_sides_of_a_clip_are_interpolated_where_asked_for(kind: str) -> No
     assert larger.facts.resolution == 96 and larger.facts.fixed_resolution
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_side_of_broken_patches_is_run_as_whole_ones(kind: str) -> None:
+    """As SigLIP's published 384 pixels with patches of 14: 27 x 27 patches, of which the model sees 378 pixels."""
+    options = TWINS[kind]["options"] | {"image_size": 60, "patch_size": 14}
+    teacher = load(twin(kind, options=options))
+    assert (teacher.facts.resolution, teacher.facts.fixed_resolution) == (56, True)
+    inputs = images(2, 56)
+    features = teacher(inputs)
+    assert features.grid == (4, 4)
+    # The model itself, at the side that it was made for, whatever the four pixels beyond are.
+    pixels = (torch.nn.functional.pad(inputs, (0, 4, 0, 4), value=0.7) - teacher.mean_C.view(-1, 1, 1)) / teacher._std_C.view(-1, 1, 1)
+    with torch.no_grad():
+        output = (teacher.tower.module.vision_model if kind == "clip" else teacher.tower.module)(pixel_values=pixels)
+    if kind == "clip":
+        expected = teacher.tower.module.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
+    else:
+        expected = output.last_hidden_state
+    torch.testing.assert_close(features.spatial_BTC, expected)
+
+
 def test_the_input_is_normalised_with_the_teachers_own_numbers() -> None:
     """Against the library called directly."""
     teacher = load(twin("dinov2", seed=3))
@@ -220,7 +240,7 @@ def test_inputs_are_resized_only_where_asked_for() -> None:
     [
         ({"model": "resnet"}, "no teacher is of the kind 'resnet'; expected one of clip, siglip"),
         ({"options": {"hiden_size": 3}}, "Dinov2Config has no hiden_size"),
-        ({"resolution": 60}, "resolution=60 is no multiple of its patch of 14 pixels"),
+        ({"resolution": 60}, "resolution=60 is no multiple of its patch of 14 pixels; write 56 or 70"),
         ({"model": "/no/such/folder", "pretrained": True, "options": {}}, "transformers cannot build '/no/such/folder'"),
         ({"library": "checkpoint", "model": "/no/such/file.pth", "pretrained": True, "options": {}}, "No such file"),
         ({"library": "checkpoint", "options": {"hidden": 3}}, "a plain ViT has no hidden"),
@@ -253,6 +273,8 @@ def test_only_two_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"weights": "dfn5b"}, "weights is read with library=open_clip only"),
         ({"library": "open_clip"}, "open_clip needs weights"),
         ({"library": "torch_hub"}, "torch_hub needs model as REPO:ENTRY"),
+        ({"revision": "v1", "pretrained": False}, "revision='v1' is read with library=transformers and pretrained=true only"),
+        ({"revision": "v1", "library": "timm"}, "revision='v1' is read with library=transformers and pretrained=true only"),
         ({"mean": (0, 0, 0)}, "give mean and std together"),
         ({"output_scale": 2.0}, "output_scale=2.0 is for twins"),
         ({"name": "a.b"}, "should match pattern"),

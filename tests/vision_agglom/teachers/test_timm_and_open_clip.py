@@ -95,6 +95,44 @@ def test_open_clip(model: str) -> None:
     assert features.spatial_BTC.shape[1] == (side // 16) ** 2
 
 
+OPEN_CLIP_TWIN = {"image_size": 64, "width": 32, "layers": 2, "patch_size": 16, "head_width": 16}
+
+
+def test_open_clip_at_any_side() -> None:
+    """Positions as open_clip resizes those that it loads into a model of another size."""
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip.model import resize_pos_embed
+
+    teacher = load("open_clip", "ViT-B-32-quickgelu", options=OPEN_CLIP_TWIN, sides="any", seed=3)
+    assert not teacher.facts.fixed_resolution
+    assert teacher(torch.rand(1, 3, 32, 96)).grid == (2, 6)
+    vision = open_clip.get_model_config("ViT-B-32-quickgelu")["vision_cfg"] | OPEN_CLIP_TWIN | {"image_size": 96}
+    larger = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None, pretrained_text=False, vision_cfg=vision).eval()
+    state = larger.state_dict() | {f"visual.{name}": tensor for name, tensor in teacher.tower.module.state_dict().items()}
+    resize_pos_embed(state, larger)
+    larger.load_state_dict(state)
+    images = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = larger.encode_image((images - teacher.mean_C.view(3, 1, 1)) / teacher._std_C.view(3, 1, 1))
+    torch.testing.assert_close(teacher(images).summary_BC, expected)
+
+
+def test_open_clips_siglip_at_any_side_and_at_its_own() -> None:
+    pytest.importorskip("open_clip")
+    own, free = (load("open_clip", "ViT-B-16-SigLIP", seed=3, sides=sides) for sides in ("own", "any"))
+    images = torch.rand(1, 3, 224, 224)
+    torch.testing.assert_close(free(images).spatial_BTC, own(images).spatial_BTC)
+    assert free(torch.rand(1, 3, 64, 96)).grid == (4, 6)
+
+
+def test_a_timm_model_with_broken_patches_sees_whole_ones() -> None:
+    pytest.importorskip("timm")
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 60}
+    teacher = load("timm", "vit_so400m_patch14_siglip_384", options=options)
+    assert (teacher.facts.resolution, teacher.facts.fixed_resolution) == (56, True)
+    assert teacher(torch.rand(1, 3, 56, 56)).grid == (4, 4)
+
+
 def test_a_library_that_does_not_import_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     monkeypatch.delitem(__import__("sys").modules, "vision_agglom.teachers.timm_tower", raising=False)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from megatron_hybrid.__main__ import main
+from megatron_hybrid.commands.generate import _read_lines
+from megatron_hybrid.generate.scheduler import Event, Request
+from megatron_hybrid.generate.session import Session
 from tests.generate.models import word_tokenizer
 from tests.generate.saved import train
 from tests.runs import small_run, write_corpus
@@ -103,6 +108,7 @@ def test_json_lines_come_back_in_order_each_with_its_own_settings(run_dirs: dict
     options = ("--max-new-tokens", 4, "--seed", 1, "--batch-size", 2)
     code, out, err = generate(run_dirs["one"], "--input", folder / "prompts.jsonl", "--output", folder / "texts.jsonl", *options)
     assert code == 0 and not out and re.search(r"3 prompts, 15 new tokens in", err), err
+    assert "[carried from --input to the lines with the texts: id]" in err and not (folder / "texts.jsonl.partial").exists()
     answers = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
     assert [{name: answer[name] for name in line} for line, answer in zip(lines, answers, strict=True)] == lines
     assert [(answer["new_tokens"], answer["seed"], answer["finish_reason"]) for answer in answers] == [
@@ -121,11 +127,77 @@ def test_lines_that_cannot_be_met_are_named(run_dirs: dict[str, Path], folder: P
         ('{"prompt": 1}', 'line 1: expected an object with a text "prompt"'),
         ("{", "line 1, is no JSON"),
         ('{"prompt": "t1", "top_p": 2}', "prompt 1: top_p must be"),
-        ('{"prompt": "t1", "max_new_tokens": 0}', "max_new_tokens must be a whole number of at least 1, got 0"),
+        ('{"prompt": "t1", "max_new_tokens": 0}', "max_new_tokens must be a whole number from 1 to 131071, got 0"),
+        ('{"prompt": "t1", "max_new_tokens": 1000000000000}', "got 1000000000000; raise --max-length for more"),
+        ('{"prompt": "t1", "max_new_tokens": true}', "prompt 1: max_new_tokens must be a whole number, got true"),
+        ('{"prompt": "t1", "temperature": "hot"}', 'prompt 1: temperature must be a number, got "hot"'),
         ("", "has no prompts"),
     ):
         file.write_text(line)
         assert_refused(generate(run_dirs["one"], "--input", file), message)
+
+
+def test_a_prompt_and_its_text_must_fit(run_dirs: dict[str, Path], generate) -> None:
+    options = ("--prompt", PROMPT, "--max-new-tokens", 6, "--max-length", 9)
+    assert_refused(generate(run_dirs["one"], *options), "a prompt and its new tokens are 10 tokens; raise --max-length, which is 9")
+
+
+def test_a_mistyped_setting_of_a_line_is_refused_and_other_keys_are_carried(tmp_path: Path) -> None:
+    file, carried = tmp_path / "prompts.jsonl", {"id": 1, "prompt_id": "a", "step": 2, "prompt": "t1"}
+    file.write_text(json.dumps(carried))
+    assert _read_lines(str(file)) == [carried]
+    for key, option in {"temprature": "temperature", "topk": "top_k", "max_tokens": "max_new_tokens", "seeds": "seed"}.items():
+        file.write_text(json.dumps({"prompt": "t1", key: 1}))
+        with pytest.raises(ValueError, match=f"line 1: there is no option '{key}'; did you mean '{option}'"):
+            _read_lines(str(file))
+
+
+def test_an_output_is_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "t1"}')
+    (tmp_path / "same.jsonl").symlink_to(tmp_path / "prompts.jsonl")
+    for output, message in (
+        ("none/texts.jsonl", "there is no directory"),
+        ("prompts.jsonl", "is the --input"),
+        ("same.jsonl", "is the --input"),
+        (".", "is a directory"),
+    ):
+        outcome = command("run", "--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / output))
+        assert_refused(outcome, message)
+
+
+def break_off(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of the command, whose lines are never finished."""
+
+    def only_one(session: Session, requests: Sequence[Request]) -> Iterator[Event]:
+        yield Event(0, 5, "t5", ending="stop")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_hybrid.commands.generate._run", only_one)
+        code, _, err = command(*arguments)
+    return code, err
+
+
+def test_lines_that_are_not_all_there_leave_the_older_file_alone(run_dirs: dict[str, Path], tmp_path: Path, run_ranks) -> None:
+    prompts, texts = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "t1"}\n{"prompt": "t2"}\n')
+    texts.write_text("older\n")
+    ((code, err),) = run_ranks(break_off, 1, [str(run_dirs["one"]), "--input", str(prompts), "--output", str(texts)])
+    assert code == 1 and "No space left" in err
+    assert texts.read_text() == "older\n" and json.loads((tmp_path / "texts.jsonl.partial").read_text())["text"] == "t5"
+
+
+@pytest.mark.parametrize("kind", ["text", pytest.param("lines", marks=pytest.mark.slow)])
+def test_a_reader_that_has_enough_ends_it_quietly(kind: str, run_dirs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "t1"}\n' * 3)
+    source = ["--prompt", "t1"] if kind == "text" else ["--input", str(tmp_path / "prompts.jsonl")]
+    arguments = [sys.executable, "-m", "megatron_hybrid", "generate", str(run_dirs["one"]), *source, "--max-new-tokens", "4"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, env=hidden, timeout=250)
+    os.close(writing)
+    assert done.returncode == 0 and re.fullmatch(r"\[.*\]\n", done.stderr), done.stderr
 
 
 @pytest.mark.slow
