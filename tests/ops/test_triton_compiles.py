@@ -61,7 +61,9 @@ def test_the_mamba_core_compiles_for_hopper(sizes: tuple[int, ...], spilled_byte
         assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
         assert kernel["spilled_bytes"] <= spilled_bytes, kernel
         if kernel["kernel"] in WITH_PRODUCTS:
-            assert kernel["wgmma" if kernel["warps"] >= WARPGROUP else "mma"] > 0, kernel
+            # a wgmma takes 64 rows, which the short chunks of a wide state have not
+            takes_wgmma = kernel["warps"] >= WARPGROUP and spilled_bytes != SPILLED_BYTES_WIDE
+            assert kernel["wgmma"] > 0 if takes_wgmma else kernel["wgmma"] + kernel["mma"] > 0, kernel
 
 
 @pytest.mark.slow
