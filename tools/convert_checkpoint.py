@@ -139,10 +139,12 @@ def make_target(kind: str, plan: Plan, final: Path) -> Target:
 
 def give_verdict(source: Source, target: Target, directory: Path, plan: Plan, *, with_logits: bool) -> bool:
     """Open what is in the directory anew, compare it with the source, print what is found, and return whether it is good."""
+    from megatron_hybrid.convert.companions import companion_differences
     from megatron_hybrid.convert.verdict import compare_round_trip
 
     try:
         written = target.read_back(directory)
+        beside = companion_differences(plan.companions, written.companions)
     except ValueError as error:
         print(f"verdict: FAILED, {error}")
         return False
@@ -150,13 +152,26 @@ def give_verdict(source: Source, target: Target, directory: Path, plan: Plan, *,
     if round_trip.passed:
         print(f"round trip: all {round_trip.num_tensors:,} tensors of the source come back bit for bit")
     else:
-        print(f"round trip: {len(round_trip.differing):,} differences")
-        print("\n".join(f"  {line}" for line in round_trip.differing[:10]))
-    good = round_trip.passed
-    if with_logits and source.model.layer_kinds == written.model.layer_kinds:
+        _print_differences("round trip", round_trip.differing)
+    if beside:
+        _print_differences("tokenizer and special tokens", beside)
+    elif plan.companions.tokenizer_files:
+        print(f"tokenizer and special tokens: as in the source, {len(plan.companions.tokenizer_files)} files byte for byte")
+    good = round_trip.passed and not beside
+    if with_logits and _take_the_same_tokens(source.model, written.model):
         good = _compare_logits(source, written, plan) and good
     print(f"verdict: {'passed' if good else 'FAILED'}")
     return good
+
+
+def _print_differences(what: str, differences: Sequence[str]) -> None:
+    print(f"{what}: {len(differences):,} {'difference' if len(differences) == 1 else 'differences'}")
+    print("\n".join(f"  {line}" for line in differences[:10]))
+
+
+def _take_the_same_tokens(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two models can be run over the same tokens and compared layer by layer."""
+    return all(getattr(one, name) == getattr(other, name) for name in ("layer_kinds", "hidden_size", "vocab_size"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     import torch
 
+    from megatron_hybrid.convert.companions import with_tokenizer
     from megatron_hybrid.convert.job import plan_conversion, publish, reject, run_conversion
-    from megatron_hybrid.convert.native import with_tokenizer
     from megatron_hybrid.convert.widen import with_one_width
     from megatron_hybrid.substrate.exit_codes import ExitCode
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.convert.companions import TOKEN_IDS
 from megatron_hybrid.convert.widen import require_one_width
 from megatron_hybrid.layout.pattern import ATTENTION, LAYER_KINDS, MAMBA, MLP
 
@@ -116,7 +117,7 @@ def read_pattern(config: Mapping[str, Any]) -> str:
 
 
 def hub_from_model(
-    model: ModelConfig, *, style: HubStyle, dtype: str, max_position_embeddings: int, eos_token_id: int | None
+    model: ModelConfig, *, style: HubStyle, dtype: str, max_position_embeddings: int, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the ``config.json`` of a model.
 
@@ -125,7 +126,7 @@ def hub_from_model(
         style: how the layers are named.
         dtype: torch's name of the weights' dtype.
         max_position_embeddings: the longest sequence in training; there is no position embedding, so nothing breaks beyond it.
-        eos_token_id: the token that ends a document, where the tokenizer is known.
+        token_ids: bos_token_id, eos_token_id and pad_token_id, as far as they are known.
 
     Raises:
         ValueError: the model has what NemotronH does not.
@@ -157,9 +158,7 @@ def hub_from_model(
         "time_step_max": 0.1,
         "time_step_floor": 1e-4,
         "max_position_embeddings": max_position_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": None,
+        **{key: token_ids.get(key) for key in TOKEN_IDS},
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,

@@ -172,6 +172,6 @@ def test_layers_of_different_widths_are_filled_up_for_formats_with_one(
     assert back.model.ffn_hidden_size == 48 and torch.equal(fc1[:40], before.read("decoder.layers.1.mlp.linear_fc1.weight"))
     plan = plan_conversion(before, Layout())
     with pytest.raises(ValueError, match="has one width for all; fill them up with zeros first"):
-        hub_from_model(plan.model, style="hub", dtype="float32", max_position_embeddings=64, eos_token_id=None)
+        hub_from_model(plan.model, style="hub", dtype="float32", max_position_embeddings=64, token_ids={})
     with pytest.raises(ValueError, match="Megatron-LM has one width for all"):
         arguments_of(plan, 1)
