@@ -251,10 +251,25 @@ def _read_common(path: Path, *, is_needed: bool) -> dict[str, Any]:
         return {}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            common = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, AttributeError, KeyError) as error:
+        unsafe = _unsafe_types(file)
+        if not unsafe:
+            raise ValueError(f"{file} is damaged ({type(error).__name__}); copy it again") from None
         if not is_needed:
             return {}
         raise ValueError(
-            f"{file} has objects that could run code, so it is not read; say with --config what the checkpoint is of"
-        ) from error
+            f"{file} has objects that could run code ({', '.join(unsafe[:3])}), so it is not read; say with --config what the checkpoint "
+            "is of"
+        ) from None
+    if not isinstance(common, dict) or not isinstance(common.get("args", argparse.Namespace()), argparse.Namespace | None):
+        raise ValueError(f"{file} is not what Megatron-LM writes: expected a dictionary with its arguments; copy it again")
+    return common
+
+
+def _unsafe_types(file: Path) -> list[str]:
+    """Names of what a file would call beside plain values and arguments; none where it cannot be read at all."""
+    try:
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"})
+    except Exception:  # damaged pickles raise nearly anything
+        return []
