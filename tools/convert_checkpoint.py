@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import ModelConfig, TokenizerConfig
 from megatron_hybrid.config.load import load_model
-from megatron_hybrid.convert.hub_config import model_from_hub
 from megatron_hybrid.data.tokenizer import tokenizer_kind
+from tools.failure import BAD_PATH, ERROR, FINISHED, run_tool
 
 if TYPE_CHECKING:
     from megatron_hybrid.convert.source import Source
     from megatron_hybrid.convert.target import Layout, Plan, Target
 
+_KEPT = "whatever is written is kept, and the same command continues"
 KINDS = ("hf", "megatron", "native")
 EXAMPLE = """examples:
   python -m tools.convert_checkpoint --from native --to hf runs/mine exported/mine
@@ -28,7 +28,8 @@ EXAMPLE = """examples:
 
 hf: a NemotronH directory. native: a run directory, or one checkpoint in it. megatron: a torch_dist iter_NNNNNNN, or the folder above.
 TARGET appears under its name only after the verdict. An interrupted conversion continues when the same command is given again.
-exit code: 0 converted and proven, 1 failed or the verdict is against it (TARGET.rejected), 2 refused before anything was written."""
+exit code: 0 converted and proven, 1 failed (such as a full disk) or the verdict is against it (TARGET.rejected), 2 refused because an
+option or an input is wrong, 130 interrupted."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -177,34 +178,22 @@ def _take_the_same_tokens(one: ModelConfig, other: ModelConfig) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
+    return run_tool(lambda: _convert(arguments), _KEPT)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    check_options(arguments)
     # Only now: torch and megatron-core take seconds that a typing error should not have to wait for.
-    from megatron_hybrid.substrate.exit_codes import ExitCode
     from megatron_hybrid.substrate.host_memory import map_large_blocks
     from megatron_hybrid.substrate.quiet import silence_known_warnings
 
     silence_known_warnings()
     map_large_blocks()
-    try:
-        check_options(arguments)
-        return _convert(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
-    except OSError as error:
-        print(f"error: {error}; what is written is kept, and the same command continues", file=sys.stderr)
-        return ExitCode.ERROR
-    except KeyboardInterrupt:
-        print("interrupted: what is written is kept, and the same command continues", file=sys.stderr)
-        return 130
-
-
-def _convert(arguments: argparse.Namespace) -> int:
     import torch
 
     from megatron_hybrid.convert.companions import with_tokenizer
     from megatron_hybrid.convert.job import plan_conversion, publish, reject, run_conversion
     from megatron_hybrid.convert.widen import with_one_width
-    from megatron_hybrid.substrate.exit_codes import ExitCode
 
     source = open_source(arguments)
     if arguments.target_kind != "native" and with_one_width(source) is not source:
@@ -222,15 +211,22 @@ def _convert(arguments: argparse.Namespace) -> int:
     target = make_target(arguments.target_kind, plan, arguments.target)
     with_logits = arguments.verdict == "full"
     if arguments.verify_only:
+        if not arguments.target.exists():
+            raise ValueError(f"{arguments.target} does not exist, so there is nothing to verify")
         good = give_verdict(source, target, arguments.target, plan, with_logits=with_logits)
-        return ExitCode.FINISHED if good else ExitCode.ERROR
-    partial = run_conversion(source, target, plan, arguments.target)
+        return FINISHED if good else ERROR
+    try:
+        partial = run_conversion(source, target, plan, arguments.target)
+    except OSError as error:
+        if isinstance(error, BAD_PATH):
+            raise
+        raise OSError(f"{error}; {_KEPT}") from error
     if give_verdict(source, target, partial, plan, with_logits=with_logits):
         publish(partial, arguments.target)
         print(f"written: {arguments.target}")
-        return ExitCode.FINISHED
+        return FINISHED
     print(f"error: {reject(partial, arguments.target)} is not what {arguments.source} is", file=sys.stderr)
-    return ExitCode.ERROR
+    return ERROR
 
 
 def _compare_logits(source: Source, target: Source, plan: Plan) -> bool:
@@ -271,7 +267,11 @@ def _given_tokenizer(arguments: argparse.Namespace) -> TokenizerConfig | None:
 
 def _read_model(text: str) -> ModelConfig:
     if text.endswith(".json"):
-        return model_from_hub(json.loads(Path(text).read_text(encoding="utf-8")))
+        # Comes with torch.
+        from megatron_hybrid.convert.companions import read_json
+        from megatron_hybrid.convert.hub_config import model_from_hub
+
+        return model_from_hub(read_json(Path(text)))
     return load_model(text)[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.convert.companions import Companions, files_in, files_of, find_tokenizer, read_token_ids
+from megatron_hybrid.convert.companions import Companions, files_in, files_of, find_tokenizer, read_json, read_token_ids
 from megatron_hybrid.convert.correspondence import HUB_HEAD, correspondences
 from megatron_hybrid.convert.hub_config import HubStyle, hub_from_model, model_from_hub
 from megatron_hybrid.convert.rearrange import to_hub
@@ -188,12 +188,9 @@ def read_hub_config(path: Path) -> dict[str, Any]:
         ValueError: there is none, or it is no JSON object.
     """
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return read_json(path / CONFIG)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no Hugging Face model: {CONFIG} cannot be read ({type(error).__name__}: {error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG} is no JSON object")
-    return config
 
 
 def canonical_name(stored: str) -> str:
@@ -212,7 +209,9 @@ def _open_files(path: Path) -> list[SafetensorsReader]:
         if not (path / SINGLE).is_file():
             raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}; other formats than safetensors are not read")
         return [SafetensorsReader(path / SINGLE)]
-    weight_map: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index_file} has no weight_map that names the file of every tensor; copy it again")
     readers = {}
     for name, file in weight_map.items():
         if file not in readers:

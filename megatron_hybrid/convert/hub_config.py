@@ -95,6 +95,10 @@ def read_pattern(config: Mapping[str, Any]) -> str:
     blocks, pattern = config.get("layers_block_type", config.get("layer_types")), config.get("hybrid_override_pattern")
     if blocks is None and pattern is None:
         raise ValueError("config.json has neither hybrid_override_pattern nor layers_block_type; one of them has to name the layers")
+    if not isinstance(pattern, str | None):
+        raise ValueError(f"config.json has hybrid_override_pattern={pattern!r}; expected a text of M, * and -")
+    if blocks is not None and not (isinstance(blocks, list) and all(isinstance(block, str) for block in blocks)):
+        raise ValueError(f"config.json has layers_block_type={blocks!r}; expected a list of {sorted(_BLOCK_TYPES)}")
     if pattern is not None:
         for position, character in enumerate(pattern, start=1):
             if character not in LAYER_KINDS:
@@ -176,6 +180,9 @@ def _check_time_step_limit(limit: Any) -> None:
     """No clamp is what is trained; infinity is written as a string, as JSON's extension, or in transformers' own way."""
     if limit is None:
         return
-    low, high = (value["__float__"] if isinstance(value, dict) else value for value in limit)
-    if float(low) != 0.0 or float(high) != float("inf"):
+    try:
+        bounds = [float(value["__float__"] if isinstance(value, dict) else value) for value in limit]
+    except (TypeError, ValueError, KeyError):
+        bounds = []
+    if bounds != [0.0, float("inf")]:
         raise ValueError(f"config.json has time_step_limit={limit}; only [0, Infinity], no limit, can be converted")

@@ -61,6 +61,10 @@ def test_written_configurations_are_read_back_by_us_and_by_transformers(style: A
         ({**CONFIG, "mlp_hidden_act": "silu"}, "mlp_hidden_act='silu'"),
         ({**CONFIG, "use_conv_bias": False}, "use_conv_bias=False"),
         ({**CONFIG, "time_step_limit": [0.001, 0.1]}, r"time_step_limit=\[0.001, 0.1\]"),
+        ({**CONFIG, "time_step_limit": 5}, "time_step_limit=5; only"),
+        ({**CONFIG, "time_step_limit": [0.0, None]}, r"time_step_limit=\[0.0, None\]; only"),
+        ({**CONFIG, "hybrid_override_pattern": 5}, "hybrid_override_pattern=5; expected a text"),
+        (without("hybrid_override_pattern", layers_block_type="mamba"), "layers_block_type='mamba'; expected a list"),
         ({**CONFIG, "n_groups": 3}, "mamba_num_groups=3"),
     ],
 )
