@@ -43,8 +43,7 @@ setup(
             "transformers==5.20.2; python_version < '3.11'",
             "transformers==5.23.0; python_version >= '3.11'",
         ],
-        # nvidia-modelopt: later versions prune megatron-core models only beside Transformer Engine (0.44) or a newer megatron-core (0.47).
-        "minipuzzle": ["PuLP==3.3.2", "nvidia-modelopt==0.43.0", "safetensors==0.8.0"],
+        "minipuzzle": ["PuLP==3.3.2", "safetensors==0.8.0"],
         "vision": [
             "pillow==12.3.0; python_version < '3.11'",
             "pillow==13.0.0; python_version >= '3.11'",
@@ -60,6 +59,14 @@ setup(
         # Both import torchvision, which must fit the host's torch; CPU hosts need neither.
         "teachers": ["timm==1.0.31", "open_clip_torch==3.3.0"],
         # Triton's interpreter runs the kernels' tests on CPU hosts; a GPU host has the one its torch was built with.
-        "test": ["pytest==9.2.0", "ruff==0.17.6", "safetensors==0.8.0", "triton==3.7.1; platform_system == 'Linux'"],
+        # nvidia-modelopt is what MiniPuzzle is compared with. Later versions prune megatron-core models only beside Transformer Engine
+        # (0.44) or a newer megatron-core (0.47).
+        "test": [
+            "pytest==9.2.0",
+            "ruff==0.17.6",
+            "safetensors==0.8.0",
+            "triton==3.7.1; platform_system == 'Linux'",
+            "nvidia-modelopt==0.43.0",
+        ],
     },
 )

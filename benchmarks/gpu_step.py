@@ -123,7 +123,7 @@ def fill_weights(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], run
 def our_step(run: RunConfig, substrate: Substrate) -> Step:
     """This project's step, as the trainer runs it."""
     config = build_transformer_config(run, substrate)
-    print(explain_implementations(substrate.device, config.params_dtype, run.kernels), file=sys.stderr)
+    print(explain_implementations(substrate.device, config.params_dtype, run.kernels, build.called_operations(run)), file=sys.stderr)
     task = FixedBatch(run, config, substrate)
     build.initialize_parameters = lambda named, **_: fill_weights(named, run)
     wrapped = wrap_data_parallel(build.build_chunks(run, config, substrate), run, config)

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.minipuzzle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,9 +45,16 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=65536, help="decode: tokens in the cache")
     parser.add_argument("--batch", type=int, default=8, help="decode: sequences")
     parser.add_argument("--repetitions", type=int, default=10)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    for name in ("tokens", "hidden", "vocab", "share", "context", "batch", "repetitions", "layers"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be above 0, got {value}")
     preset = arguments.preset or {"sweep": "hybrid-1b"}.get(arguments.what, "nemotron-h-8b")
-    model = load_model(preset)[0]
+    try:
+        model = load_model(preset)[0]
+    except ValueError as error:
+        parser.error(f"--preset: {error}")
     if arguments.layers:
         model = model.model_copy(update={"pattern": model.layer_kinds[: arguments.layers]})
     run = RunConfig(

@@ -142,7 +142,8 @@ def evaluate(run: VisionConfig, substrate: Substrate) -> dict[str, Any]:
 def clock(run: VisionConfig, substrate: Substrate) -> dict[str, Any]:
     """Images per second over the last half of the steps."""
     del substrate
-    speeds = [line["tokens_per_s"] for line in read_metrics(metrics_path(run.run_dir)) if line["kind"] == "step"]
+    steps = [line for line in read_metrics(metrics_path(run.run_dir)) if line["kind"] == "step" and line["warm_up"] is None]
+    speeds = [line["tokens_per_s"] for line in steps]
     return {"images_per_s": statistics.median(speeds[len(speeds) // 2 :])}
 
 

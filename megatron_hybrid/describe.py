@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_hybrid.config.errors import ConfigError
-from megatron_hybrid.config.load import load_model, preset_names
+from megatron_hybrid.config.load import PresetConfig, load_layout, preset_names
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.schema import ParallelConfig
+from megatron_hybrid.layout.float8 import DIMENSION_UNIT, LINEARS, plan_float8, unfit_linears
 from megatron_hybrid.layout.flops import head_training_flops, layer_training_flops, training_flops_per_token
 from megatron_hybrid.layout.parameters import (
     num_embedding_parameters,
@@ -29,6 +29,7 @@ _EXAMPLES = """\
 examples:
   python -m megatron_hybrid describe nemotron-h-8b
   python -m megatron_hybrid describe nemotron-h-8b parallel.tensor=8 parallel.pipeline=4 data.sequence_length=4096
+  python -m megatron_hybrid describe nemotron-h-4b parallel.tensor=2 fp8.recipe=delayed fp8.bf16_layers_at_start=2
   python -m megatron_hybrid describe run.yaml --json
 """
 
@@ -72,6 +73,17 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """All linears of one name, and which of them run in float8."""
+
+    linear: str
+    count: int
+    float8: int
+    reason: str
+    """Why the others stay in the working precision; empty where there are none."""
+
+
+@dataclass(frozen=True)
 class Report:
     """A model in a layout."""
 
@@ -87,10 +99,14 @@ class Report:
     """Per token."""
     parts: tuple[Part, ...]
     stages: tuple[Stage, ...]
+    fp8_recipe: str
+    precisions: tuple[Precision, ...]
+    """Empty where the recipe is off."""
 
 
-def make_report(source: str, model: ModelConfig, parallel: ParallelConfig, sequence_length: int) -> Report:
-    """Return everything there is to say about ``model`` in the layout ``parallel``."""
+def make_report(source: str, config: PresetConfig) -> Report:
+    """Return everything there is to say about a model in a layout."""
+    model, parallel, sequence_length = config.model, config.parallel, config.data.sequence_length
     kinds = [part for kind in count_kinds(model.layer_kinds) for part in _layer_parts(model, kind, sequence_length)]
     embedding = Part("embedding", 1, num_embedding_parameters(model), 0)
     head = Part("head", 1, num_head_parameters(model), head_training_flops(model))
@@ -118,6 +134,8 @@ def make_report(source: str, model: ModelConfig, parallel: ParallelConfig, seque
         training_flops=training_flops_per_token(model, sequence_length),
         parts=(*kinds, embedding, head),
         stages=stages,
+        fp8_recipe=config.fp8.recipe,
+        precisions=() if config.fp8.recipe == "off" else _precisions(config),
     )
 
 
@@ -132,6 +150,7 @@ def format_report(report: Report) -> str:
         _format_parts(report),
         _format_stages(report),
         _format_ranks(report),
+        *([_format_precisions(report)] if report.precisions else []),
     ]
     return "\n\n".join(blocks)
 
@@ -140,7 +159,8 @@ def main(argv: Sequence[str]) -> int:
     """Print the report that ``argv`` asks for; return 0, or 2 where it cannot be given, with the reason on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_hybrid describe",
-        description="Show a model's pattern, stages, parameters and training FLOPs per token. Needs no GPU and starts nothing.",
+        description="Show a model's pattern, stages, parameters, training FLOPs per token and, where it is asked for, what runs in float8. "
+        "Needs no GPU and starts nothing.",
         epilog=f"presets: {', '.join(preset_names())}\n\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -149,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        report = make_report(arguments.source, *load_model(arguments.source, arguments.overrides))
+        report = make_report(arguments.source, load_layout(arguments.source, arguments.overrides))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -168,6 +188,25 @@ def _layer_parts(model: ModelConfig, kind: str, sequence_length: int) -> list[Pa
         Part(name, count, num_layer_parameters(shape, kind), layer_training_flops(shape, kind, sequence_length))
         for name, count, shape in shapes
     ]
+
+
+def _precisions(config: PresetConfig) -> tuple[Precision, ...]:
+    """What ``plan_float8`` comes to, linear by linear, in the order of ``LINEARS``."""
+    model, fp8, tensor = config.model, config.fp8, config.parallel.tensor
+    plan, unfit = plan_float8(model, tensor, fp8), unfit_linears(model, tensor)
+    precisions = []
+    for kind, names in LINEARS.items():
+        layers = [layer for layer, other in enumerate(model.layer_kinds) if other == kind]
+        num_at_ends = sum(layer < fp8.bf16_layers_at_start or layer >= model.num_layers - fp8.bf16_layers_at_end for layer in layers)
+        for name in names if layers else ():
+            reasons = [f"{num_at_ends} at the ends"] if num_at_ends else []
+            if name in unfit:
+                rows, columns = unfit[name]
+                reasons.append(f"{rows:,} x {columns:,} per rank, not multiples of {DIMENSION_UNIT}")
+            if name not in fp8.linears:
+                reasons = ["not in fp8.linears"]
+            precisions.append(Precision(name, len(layers), sum(name in planned for planned in plan), "; ".join(reasons)))
+    return tuple(precisions)
 
 
 def _format_parts(report: Report) -> str:
@@ -223,11 +262,19 @@ def _format_ranks(report: Report) -> str:
     )
 
 
+def _format_precisions(report: Report) -> str:
+    header = ("", "count", "in float8", "why not all")
+    rows = [(each.linear, f"{each.count}", f"{each.float8}", each.reason) for each in report.precisions]
+    num_float8, count = (sum(getattr(each, name) for each in report.precisions) for name in ("float8", "count"))
+    title = f"Linears, fp8.recipe={report.fp8_recipe}: {num_float8} of {count} in float8; embedding and output layer never are"
+    return "\n".join([title, _table([header, *rows], "<>><")])
+
+
 def _table(rows: Sequence[Sequence[str]], alignment: str) -> str:
     """Align columns to the left ("<") or to the right (">"); ``alignment`` has one character per column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     formats = [f"{{:{side}{width}}}" for side, width in zip(alignment, widths, strict=True)]
-    return "\n".join("  " + "  ".join(formats).format(*row) for row in rows)
+    return "\n".join(("  " + "  ".join(formats).format(*row)).rstrip() for row in rows)
 
 
 def _chunks(text: str, width: int) -> list[str]:

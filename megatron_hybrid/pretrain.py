@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.build import describe_blend
 from megatron_hybrid.layers.specs import explain_implementations
+from megatron_hybrid.model.build import called_operations
 from megatron_hybrid.run_directory import prepare_run_directory
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.substrate.exit_codes import ExitCode
@@ -20,7 +21,8 @@ def pretrain(run: RunConfig, substrate: Substrate) -> ExitCode:
     task = Pretraining(run, config, substrate)
     if substrate.rank == 0:
         print(describe_blend(task.stream, run.total_samples), flush=True)
-        print(f"kernels: {explain_implementations(substrate.device, config.params_dtype, run.kernels)}", flush=True)
+        kernels = explain_implementations(substrate.device, config.params_dtype, run.kernels, called_operations(run))
+        print(f"kernels: {kernels}", flush=True)
     trainer = Trainer(run, task, config, substrate, standard_callbacks(run, substrate))
     trainer.resume()
     if trainer.is_finished:

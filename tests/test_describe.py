@@ -64,9 +64,23 @@ def test_a_long_pattern_is_wrapped_and_whole(capsys: pytest.CaptureFixture[str])
     assert "".join(line.strip() for line in lines).replace("|", "") == preset("nemotron-h-56b").pattern
 
 
+def test_float8_is_planned_linear_by_linear(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["nemotron-h-4b", "parallel.tensor=2", "fp8.recipe=delayed", "fp8.bf16_layers_at_start=2", "fp8.bf16_layers_at_end=2"]
+    title, _, *rows = describe(capsys, *options).strip().split("\n\n")[-1].splitlines()
+    assert title == "Linears, fp8.recipe=delayed: 74 of 104 in float8; embedding and output layer never are"
+    assert [row.split(maxsplit=3)[:3] for row in rows[:2]] == [["in_proj", "24", "0"], ["out_proj", "24", "22"]]
+    assert rows[0].endswith("2 at the ends; 8,248 x 3,072 per rank, not multiples of 16") and rows[1].endswith("2 at the ends")
+    precisions = json.loads(describe(capsys, *options, "fp8.linears=[linear_fc1]", "--json"))["precisions"]
+    fc1, fc2 = precisions[-2:]
+    assert (fc1["linear"], fc1["float8"], fc2["float8"], fc2["reason"]) == ("linear_fc1", fc1["count"] - 2, 0, "not in fp8.linears")
+    assert "float8" not in describe(capsys, "nemotron-h-4b", "parallel.tensor=2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["nemotron-h-4b", "fp8.recipe=delayed", "fp8.bf16_layers_at_start=52"], "no linear would run in float8"),
+        (["nemotron-h-4b", "fp8.bf16_layers_at_start=2"], "recipe=off reads no other option"),
         (["nemotron-h-9b"], "did you mean 'nemotron-h-8b'?"),
         (["nemotron-h-8b", "parallel.tensr=2"], "did you mean 'parallel.tensor'?"),
         (["nemotron-h-8b", "parallel.tensor=3"], "does not divide by parallel.tensor=3"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
 
-from megatron_hybrid.config.schema import KernelsConfig
+from megatron_hybrid.config.schema import KernelsConfig, RunConfig
 from megatron_hybrid.layers import specs
 from megatron_hybrid.layers.specs import (
     OPERATIONS,
@@ -17,9 +19,12 @@ from megatron_hybrid.layers.specs import (
     explain_implementations,
     make_ops,
 )
-from megatron_hybrid.ops.registry import IMPLEMENTATIONS
+from megatron_hybrid.model.build import called_operations
+from megatron_hybrid.ops.registry import IMPLEMENTATIONS, select
+from tests.fp8.runs import float8_run
 from tests.ops.library_stand_ins import stand_ins
-from tests.runs import small_run
+from tests.runs import small_run, write_corpus
+from tests.train.training import train
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -162,6 +167,50 @@ def test_a_run_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> No
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert explain_implementations(gpu, bf16).endswith("(attention not by cuDNN because this GPU is older than those it is fastest on)")
+
+
+def test_a_choice_that_a_run_never_calls_is_said() -> None:
+    choices = KernelsConfig(ssd="reference", rms_norm="reference")
+    told, warning = explain_implementations(torch.device("cpu"), torch.float32, choices, {"rms_norm", "mamba_core"}).splitlines()
+    assert told == "cpu: mamba_core; reference: rms_norm (rms_norm as kernels asks for)"
+    assert warning == "warning: kernels.ssd=reference changes nothing here: this run never calls ssd; generating from it may"
+
+
+NO_ATTENTION = {"model": {"pattern": "M-M-"}}
+
+
+@pytest.mark.parametrize(
+    "sections, uncalled",
+    [
+        ({"fp8": {"recipe": "off"}}, set()),
+        ({}, {"linear", "squared_relu"}),
+        ({"fp8": {"bf16_layers_at_start": 2}}, set()),
+        ({"fp8": {"linears": ["in_proj", "linear_fc1"]}}, set()),
+        ({"fp8": {"linears": ["linear_fc1", "linear_fc2"]}}, {"squared_relu"}),
+        ({"fp8": {"shadow_every_steps": 1}}, set()),
+        ({"fp8": {"recipe": "off"}, **NO_ATTENTION}, {"attention"}),
+    ],
+    ids=str,
+)
+def test_what_a_run_calls_is_what_it_says(sections: dict, uncalled: set[str], tmp_path: Path, run_ranks: Any) -> None:
+    write_corpus(tmp_path / "text")
+    validation = {"sources": {"text": tmp_path / "text"}, "every_steps": 1, "num_batches": 1}
+    run = float8_run(tmp_path, validation=validation, train={"steps": 1}, **sections)
+    assert called_operations(run) == set(OPERATIONS) - uncalled - {"ssd", "causal_conv1d", "gated_rms_norm"}
+    assert run_ranks(operations_called_by, 1, run) == [called_operations(run)]
+
+
+def operations_called_by(run: RunConfig) -> set[str]:
+    """Train, and see."""
+    called: set[str] = set()
+
+    def recording(operation: str, implementation: str) -> Callable:
+        function = select(operation, implementation)
+        return lambda *arguments, **options: called.add(operation) or function(*arguments, **options)
+
+    with mock.patch.object(specs, "select", recording):
+        train(run, logged=True)
+    return called
 
 
 def test_the_chunk_length_is_the_cpu_scans() -> None:

@@ -43,6 +43,12 @@ def require_same(saved: dict[str, Any], own: dict[str, Any]) -> None:
         )
 
 
+def same_teachers(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """Names under which both runs have the same model, however it is shown and normalised: what a head says of it goes on being true."""
+    there, here = saved["teachers"], own["teachers"]
+    return [name for name in here if name in there and there[name]["model"] == here[name]["model"]]
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):

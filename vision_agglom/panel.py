@@ -15,7 +15,7 @@ from megatron_hybrid.substrate.context import Substrate
 from vision_agglom.config.distill import DistilledTeacherConfig
 from vision_agglom.contract import Teacher, TeacherFacts, TeacherFeatures
 from vision_agglom.images.mosaic import MosaicTeacher
-from vision_agglom.partition import Duty, plan_teacher_ranks
+from vision_agglom.partition import Duty
 
 _FILL = 0.5
 """Grey, for what a mosaic leaves empty, where a teacher does not say which colour becomes zero for it."""
@@ -166,7 +166,7 @@ def measure_costs(teachers: Mapping[str, Teacher], shapes: Mapping[str, int], su
     """Seconds per image of each teacher, the slowest rank's, the same on all ranks: the second of two passes. Collective over all ranks.
 
     Args:
-        teachers: all teachers, on every rank that computes the loss; none elsewhere.
+        teachers: the same ones on every rank that computes the loss; none elsewhere.
         shapes: teacher -> side of the images.
         batch: images per pass.
     """
@@ -181,11 +181,6 @@ def measure_costs(teachers: Mapping[str, Teacher], shapes: Mapping[str, int], su
             own[name] = (time.perf_counter() - start_s) / batch
     reports = gather(own, substrate.control_group)
     return {name: max(report.get(name, 0.0) for report in reports) for name in shapes}
-
-
-def divide_ranks(costs: Mapping[str, float], substrate: Substrate) -> list[tuple[Duty, ...]]:
-    """Each data rank's duties."""
-    return plan_teacher_ranks(costs, substrate.data_size)
 
 
 def _own(rank: int, batch: int) -> range:

@@ -149,8 +149,3 @@ def plan_teacher_ranks(costs: Mapping[str, float], num_ranks: int) -> list[tuple
         slowest = max(by_cost, key=lambda name: costs[name] / sizes[name])
         sizes[slowest] += 1
     return [(Duty(name, part, sizes[name]),) for name in by_cost for part in range(sizes[name])]
-
-
-def longest_time(costs: Mapping[str, float], plan: list[tuple[Duty, ...]]) -> float:
-    """Cost of the busiest rank per image of the whole group."""
-    return max(sum(costs[duty.teacher] / duty.parts for duty in duties) for duties in plan)

@@ -18,7 +18,7 @@ from megatron_hybrid.train.task import LossFunction, Metrics, StepData
 from vision_agglom.average import AveragedStudent
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.contract import TeacherFeatures
-from vision_agglom.fingerprint import describe_data, require_same
+from vision_agglom.fingerprint import describe_data, require_same, same_teachers
 from vision_agglom.flops import training_flops_per_image
 from vision_agglom.geometry import cut_window
 from vision_agglom.heads import HeadShape
@@ -157,12 +157,11 @@ class Distillation:
 
     def sharded_state(self) -> dict[str, ShardedTensor]:
         """Statistics, running means, singular vectors, the averaged student."""
-        substrate = self.substrate
-        copies = shard_copies(dict(self._named_state()), substrate.tensor_group, substrate.data_group, differ_by_data_rank=False)
+        copies = self._shard_copies(dict(self._named_state()))
         if self.average is None:
             return copies
         weights = ((f"average.{name}", weight) for name, weight in self.average.weights.items())
-        return copies | shard_parameters(weights, substrate.tensor_group, substrate.data_group)
+        return copies | shard_parameters(weights, self.substrate.tensor_group, self.substrate.data_group)
 
     @torch.no_grad()
     def take_state(self, loaded: dict[str, Tensor]) -> None:
@@ -176,6 +175,20 @@ class Distillation:
                 weight.copy_(loaded[f"average.{name}"])
             self.average.load_model()
             self.average.is_started = True
+
+    def weight_state(self, saved_data: dict[str, Any]) -> dict[str, ShardedTensor]:
+        """Singular vectors, and the spaces that the heads of the same teachers learned to speak in."""
+        heads = tuple(f"targets.{name}.head." for name in same_teachers(saved_data, self.data_fingerprint()))
+        return self._shard_copies({name: tensor for name, tensor in self._named_state() if name.startswith((*heads, "spectral."))})
+
+    @torch.no_grad()
+    def take_weight_state(self, loaded: dict[str, Tensor]) -> None:
+        """Take them over: each head says of its teacher what it said in the run that the weights come from."""
+        for name, tensor in self._named_state():
+            if name in loaded:
+                tensor.copy_(loaded[name].view_as(tensor))
+        for tracker in self.trackers.values():
+            tracker.take_loaded()
 
     def architecture(self) -> dict[str, Any]:
         """The student's shape and its heads'."""
@@ -237,6 +250,9 @@ class Distillation:
         ]
         flops = (weight * training_flops_per_image(self.run.student, sequence.length, self.head_shapes()) for weight, sequence in weighed)
         return sum(flops) / sum(weight for weight, _ in weighed)
+
+    def _shard_copies(self, tensors: dict[str, Tensor]) -> dict[str, ShardedTensor]:
+        return shard_copies(tensors, self.substrate.tensor_group, self.substrate.data_group, differ_by_data_rank=False)
 
     def _named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that all tensor and data ranks of a stage hold alike."""

@@ -38,8 +38,20 @@ def main() -> int:
         code = run(*step)
         if code:
             return code
-    print(f"\nrun directory  {student}\nlosses         {student}/loss.png\nfeatures       {student}/features.png")
+    print("\n" + describe_results(student))
     return 0
+
+
+def describe_results(student: str) -> str:
+    """Where the pictures lie."""
+    return "\n".join(
+        [
+            f"run directory           {student}",
+            f"losses                  {student}/loss.png",
+            f"features (PCA)          {student}/features.png",
+            f"curves over resolution  {student}/evaluation.png (a mode switch shows as a step)",
+        ]
+    )
 
 
 def make_images(folder: Path) -> None:

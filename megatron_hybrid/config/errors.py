@@ -44,13 +44,20 @@ def refuse(source: str, problems: Iterable[str]) -> ConfigError:
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """Return one line per problem that pydantic found in a tree of type ``root``."""
     options = {option.path: option for option in iterate_options(root)}
-    return [_explain_one(details, options) for details in error.errors()]
+    found = error.errors()
+    return [_explain_one(details, options) for details in found if not _follows_from_items(details, found)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'X'?" for the name most like ``name``, or nothing where none is."""
     matches = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _follows_from_items(details: ErrorDetails, found: list[ErrorDetails]) -> bool:
+    """Whether a list is called too short only because pydantic does not count the items that it refused."""
+    place = details["loc"]
+    return details["type"] == "too_short" and any(each["loc"][: len(place)] == place != each["loc"] for each in found)
 
 
 def _explain_one(details: ErrorDetails, options: dict[tuple[str, ...], Option]) -> str:

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_hybrid.config.errors import ConfigError, explain, nearest, refuse
+from megatron_hybrid.config.float8 import Fp8Config
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.schema import ParallelConfig, RunConfig, check_layout
 from megatron_hybrid.config.section import Section
 from megatron_hybrid.config.yaml_text import format_yaml, parse_yaml
+from megatron_hybrid.layout.float8 import plan_float8
 
 _PRESETS = Path(__file__).with_name("presets")
 
@@ -32,10 +34,13 @@ class PresetConfig(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: SampleConfig = SampleConfig()
+    fp8: Fp8Config = Fp8Config()
 
     @model_validator(mode="after")
     def _check(self) -> PresetConfig:
         check_layout(self.model, self.parallel, self.data.sequence_length)
+        if self.fp8.recipe != "off":
+            plan_float8(self.model, self.parallel.tensor, self.fp8)
         return self
 
 
@@ -63,19 +68,24 @@ def load_section(section: type[_SectionT], source: str | Path, overrides: Sequen
     return _build(section, read_tree(Path(source)), overrides, str(source))
 
 
-def load_model(source: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, ParallelConfig, int]:
-    """Return model, layout and sequence length of a preset (8,192 tokens if no override says otherwise) or of a run's YAML file.
+def load_layout(source: str | Path, overrides: Sequence[str] = ()) -> PresetConfig:
+    """Return what a preset (at 8,192 tokens if no override says otherwise) or a run's YAML file says of a model in a layout.
 
     Raises:
         ConfigError: there is no such preset or file, or it is not valid.
     """
-    config: PresetConfig | RunConfig
     if str(source) in preset_names():
-        config = _build(PresetConfig, {"model": str(source)}, overrides, f"preset {source}")
-    elif Path(source).suffix in (".yaml", ".yml") or Path(source).exists():
-        config = load_config(source, overrides)
-    else:
-        raise refuse(str(source), [f"neither a file nor a preset{_preset_hint(str(source))}"])
+        return _build(PresetConfig, {"model": str(source)}, overrides, f"preset {source}")
+    if Path(source).suffix in (".yaml", ".yml") or Path(source).exists():
+        run = load_config(source, overrides)
+        sample = SampleConfig(sequence_length=run.data.sequence_length)
+        return PresetConfig(model=run.model, parallel=run.parallel, data=sample, fp8=run.fp8)
+    raise refuse(str(source), [f"neither a file nor a preset{_preset_hint(str(source))}"])
+
+
+def load_model(source: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, ParallelConfig, int]:
+    """Return model, layout and sequence length alone of ``load_layout``."""
+    config = load_layout(source, overrides)
     return config.model, config.parallel, config.data.sequence_length
 
 
@@ -119,10 +129,10 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one option of ``tree``, given as "a.b=value" with the value in YAML.
+    """Set one option of ``tree``, given as "a.b=value" with the value in YAML; an item of a list goes by its number, "a.0.b=value".
 
     Raises:
-        ConfigError: it is not of that form, or names something below a plain value.
+        ConfigError: it is not of that form, names something below a plain value, or an item that a list does not have.
     """
     name, equals, text = override.partition("=")
     parts = name.split(".")
@@ -133,20 +143,34 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except ConfigError:
         quoted = f"{name}='\"{text}\"'"
         raise refuse(f"override {override!r}", [f"the value is not valid YAML; if it is meant as text, quote it: {quoted}"]) from None
-    group = tree
-    for depth, part in enumerate(parts[:-1], start=1):
-        below = group.get(part)
+    group: Any = tree
+    for depth, part in enumerate(parts, start=1):
+        key = _key_below(group, part, parts[: depth - 1], override)
+        if depth == len(parts):
+            group[key] = value
+            return
+        below = group[key] if isinstance(group, list) else group.get(key)
         if depth == 1 and part == "model" and isinstance(below, str):
             below = {"preset": below}
         if below is None:
             below = {}
-        if not isinstance(below, dict):
-            above = ".".join(parts[:depth])
-            hint = f"; give the list as a whole: {above}=[...]" if isinstance(below, list) else ""
-            raise refuse(f"override {override!r}", [f"{above!r} holds {below!r} and has no options below it{hint}"])
-        group[part] = below
+        group[key] = below
         group = below
-    group[parts[-1]] = value
+
+
+def _key_below(group: Any, part: str, above: list[str], override: str) -> str | int:
+    """``part`` as a key of what stands at ``above``: a name in a mapping, a number in a list."""
+    where = ".".join(above)
+    if isinstance(group, dict):
+        return part
+    if not isinstance(group, list):
+        raise refuse(f"override {override!r}", [f"{where!r} holds {group!r} and has no options below it"])
+    if not part.isdecimal() or int(part) >= len(group):
+        numbers = f"a number from 0 to {len(group) - 1}" if group else "no number, since it is empty"
+        raise refuse(
+            f"override {override!r}", [f"{where!r} is a list: expected {numbers}, got {part!r}; or give it as a whole: {where}=[...]"]
+        )
+    return int(part)
 
 
 def _resolve_preset(model: Any, source: str) -> Any:

@@ -28,7 +28,8 @@ A run is one YAML file plus overrides on the command line, applied in order:
 
     python -m megatron_hybrid pretrain run.yaml parallel.tensor=2 train.steps=200 'data.sources={web: corpus/web, code: corpus/code}'
 
-- A name is the path of the option, with dots. A value is YAML: lists are written `[1, 2]`, and `null` unsets an option.
+- A name is the path of the option, with dots; items of a list go by number from 0 (`data.phases.0.start=0`). A value is YAML:
+  lists are written `[1, 2]`, and `null` unsets an option.
 - `model` is a preset's name (`model: nemotron-h-8b`), or a mapping that may name one and override it (`model: {preset: nemotron-h-8b,
   mamba_chunk_size: 256}`; `model.mamba_chunk_size=256` does the same from the command line).
 - Token counts may have a suffix: `8.3B` is 8,300,000,000 tokens (K, M, B and T are powers of ten). Places in the run may also be shares

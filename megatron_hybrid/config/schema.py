@@ -224,20 +224,21 @@ class LoggingConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Which implementation of each operation a run uses (docs/kernels.md). auto: the fastest there is for the device and precision."""
+    """Which implementation of each operation a run uses (docs/kernels.md). auto: the fastest there is for the device and precision. A run's
+    start says which it never calls."""
 
     mamba_core: Literal["auto", "reference", "cpu", "triton", "mamba_ssm"] = "auto"
     """Convolution, scan and gated norm of a Mamba-2 layer in one, as training runs them."""
     ssd: Literal["auto", "reference", "cpu", "triton", "mamba_ssm"] = "auto"
     """The scan alone, as prefilling a prompt runs it."""
     causal_conv1d: Literal["auto", "reference", "cpu", "triton", "causal_conv1d"] = "auto"
-    """The convolution alone."""
+    """The convolution alone, as prefilling a prompt runs it."""
     gated_rms_norm: Literal["auto", "reference", "cpu", "triton", "mamba_ssm"] = "auto"
-    """The gated norm alone."""
+    """The gated norm alone, as prefilling a prompt runs it."""
     rms_norm: Literal["auto", "reference", "cpu", "triton", "transformer_engine"] = "auto"
     """The norm in front of every layer."""
     squared_relu: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    """The MLP's activation."""
+    """The MLP's activation, where not both of its linears are in float8."""
     linear: Literal["auto", "reference", "cpu", "cublas", "cublaslt", "transformer_engine"] = "auto"
     """Products of the layers' linears in the working precision; all GPU versions add weight gradients in fp32 within
     the product, cublaslt by algorithms that can be pinned for each shape."""

@@ -6,6 +6,7 @@ Transformer Engine, or through torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -49,7 +50,8 @@ class Cast(Protocol):
             x_MK: bf16 or fp32.
             scale: fp32 scalar.
             to: the format.
-            amax: fp32 scalar that becomes the maximum of itself and the magnitudes before scaling; None records nothing.
+            amax: fp32 scalar that becomes the maximum of itself and the magnitudes before scaling, of which NaN's is infinite; None records
+                nothing.
             prologue: what is done to x first.
             other_MK: what the prologue needs beside x.
             rows: whether [M, K] is wanted.
@@ -91,7 +93,7 @@ class Backend:
 
     cast: Cast
     amax: Callable[..., Tensor]
-    """(x_MK, prologue=..., other_MK=...) -> largest magnitude of what would be cast, fp32 scalar."""
+    """(x_MK, prologue=..., other_MK=...) -> largest magnitude of what would be cast, fp32 scalar; infinite where there is NaN."""
     scales: Callable[[Tensor, Float8Format], tuple[Tensor, Tensor]]
     """Amax -> the scale of current scaling, and its inverse."""
     product: Product
@@ -124,15 +126,16 @@ def cast_plain(
         torch.maximum(amax, amax_plain(x_MK), out=amax)
     x_8 = quantize(x_MK, scale, to)
     if into is None:
-        return x_8, x_8.t()
+        return x_8 if rows else None, x_8.t() if columns else None
     for target, source in zip(into, (x_8, x_8.t()), strict=True):
         target.copy_(source)
     return into
 
 
 def amax_plain(x_MK: Tensor, *, prologue: Prologue = "none", other_MK: Tensor | None = None) -> Tensor:
-    """Largest magnitude, fp32 scalar; NaN where there is one."""
-    return torch.linalg.vector_norm(apply_prologue(x_MK, prologue, other_MK), float("inf")).float()
+    """Largest magnitude, fp32 scalar; infinite where there is NaN, so that maxima over tensors and ranks need no rule for NaN."""
+    largest = torch.linalg.vector_norm(apply_prologue(x_MK, prologue, other_MK), float("inf")).float()
+    return largest.nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 def scales_plain(amax: Tensor, to: Float8Format) -> tuple[Tensor, Tensor]:

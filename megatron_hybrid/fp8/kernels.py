@@ -35,6 +35,14 @@ def _to_float8(x, scale, LARGEST: tl.constexpr, out_ptr):
 
 
 @triton.jit
+def _largest_magnitude(x):
+    # As integers, since tl.max passes over NaN: the bits of magnitudes are ordered as the numbers are, NaN beyond infinity, which it
+    # becomes, as in `backends.amax_plain`.
+    bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True))
+    return tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _scales_kernel(amax_ptr, scale_ptr, inverse_ptr, LARGEST: tl.constexpr, LARGEST_FP32: tl.constexpr):
     amax = tl.load(amax_ptr)
     known = (amax > 0.0) & (amax < float("inf"))
@@ -60,7 +68,7 @@ def _amax_kernel(
     column = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     inside = (row < num_rows) & (column < num_columns)
     x = _load_tile(x_ptr, other_ptr, row, column, inside, x_stride, other_stride, PROLOGUE)
-    tl.atomic_max(amax_ptr, tl.max(tl.abs(x)))
+    tl.atomic_max(amax_ptr, _largest_magnitude(x))
 
 
 @triton.jit
@@ -97,7 +105,7 @@ def _cast_kernel(
         tl.store(transposed_ptr + column * num_rows + row, tl.load(out_ptr + row * num_columns + column, mask=inside), mask=inside)
     if RECORD_AMAX:
         # The maximum does not depend on the order of the programs.
-        tl.atomic_max(amax_ptr, tl.max(tl.abs(x)))
+        tl.atomic_max(amax_ptr, _largest_magnitude(x))
 
 
 def _grid(x_MK: Tensor) -> tuple[int, int]:
@@ -105,7 +113,7 @@ def _grid(x_MK: Tensor) -> tuple[int, int]:
 
 
 def amax(x_MK: Tensor, *, prologue: Prologue = "none", other_MK: Tensor | None = None) -> Tensor:
-    """Largest magnitude of what the cast would be of, fp32 scalar; not defined where there is NaN."""
+    """Largest magnitude of what the cast would be of, fp32 scalar; infinite where there is NaN."""
     result = torch.zeros((), dtype=torch.float32, device=x_MK.device)
     other_MK = x_MK if other_MK is None else other_MK
     _amax_kernel[_grid(x_MK)](
@@ -144,8 +152,7 @@ def cast(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`backends.cast_plain` with a contiguous transpose; x is contiguous along K.
 
-    [M, K] is written in any case, because the transpose is made from it. What an amax makes of NaN is not defined: such a step has no
-    finite loss.
+    [M, K] is written in any case, because the transpose is made from it.
     """
     assert x_MK.stride(1) == 1, x_MK.stride()
     if into is None:

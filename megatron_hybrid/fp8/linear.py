@@ -65,7 +65,7 @@ class Float8Linear(torch.nn.Module):
 
     def forward(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """Map [..., I] to [..., O] in the dtype of x; its gradients have the dtypes of x and of the weight."""
-        return _Float8Product.apply(x, weight_OI, self) if self.enabled else self.exact(x, weight_OI)
+        return _Float8Product.apply(x, weight_OI, self, backward_follows(x, weight_OI)) if self.enabled else self.exact(x, weight_OI)
 
     def set_scales(self, scale_R: Tensor) -> None:
         """Take over scales of delayed scaling, and make their inverses."""
@@ -89,9 +89,9 @@ class Float8Linear(torch.nn.Module):
         """Cast the weight at every call again."""
         self._held_address = None
 
-    def cast_weight(self, weight_OI: Tensor) -> Float8Matrix:
-        """The cast weight: the held one if it is of this weight's memory, or a fresh one."""
-        return self._held if self._held_address == weight_OI.data_ptr() else self.cast(WEIGHT, weight_OI)
+    def cast_weight(self, weight_OI: Tensor, *, columns: bool) -> Float8Matrix:
+        """The cast weight: the held one if it is of this weight's memory, or a fresh one, transposed too if ``columns`` are wanted."""
+        return self._held if self._held_address == weight_OI.data_ptr() else self.cast(WEIGHT, weight_OI, columns=columns)
 
     def cast(
         self,
@@ -147,23 +147,31 @@ class Float8Linear(torch.nn.Module):
         return dweight_OI if add_to is None else mark_added(weight_OI)
 
 
+def backward_follows(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow on what is made of ``tensors``: backward alone reads transposed casts of forward's tensors.
+
+    To be asked before a ``torch.autograd.Function``, within whose forward gradients are always off.
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 class _Float8Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight_OI: Tensor, linear: Float8Linear) -> Tensor:
-        x_8, w_8 = linear.cast(INPUT, x.reshape(-1, x.shape[-1])), linear.cast_weight(weight_OI)
+    def forward(ctx, x: Tensor, weight_OI: Tensor, linear: Float8Linear, columns: bool) -> Tensor:
+        x_8, w_8 = linear.cast(INPUT, x.reshape(-1, x.shape[-1]), columns=columns), linear.cast_weight(weight_OI, columns=columns)
         ctx.save_for_backward(weight_OI, x_8.columns_KM, w_8.columns_KM, x_8.inverse_scale, w_8.inverse_scale)
         ctx.linear, ctx.x_shape, ctx.x_dtype = linear, x.shape, x.dtype
         return linear.output(x_8, w_8, x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight_OI, x_IM, w_IO, inverse_x, inverse_w = ctx.saved_tensors
         linear: Float8Linear = ctx.linear
-        needs_dx, needs_dweight, _ = ctx.needs_input_grad
+        needs_dx, needs_dweight, *_ = ctx.needs_input_grad
         dy_8 = linear.cast(GRAD_OUTPUT, dy.reshape(-1, dy.shape[-1]), rows=needs_dx, columns=needs_dweight)
         dx = dweight_OI = None
         if needs_dx:
             dx = linear.input_gradient(dy_8, Float8Matrix(None, w_IO, inverse_w), ctx.x_dtype).view(ctx.x_shape)
         if needs_dweight:
             dweight_OI = linear.weight_gradient(dy_8, Float8Matrix(None, x_IM, inverse_x), weight_OI)
-        return dx, dweight_OI, None
+        return dx, dweight_OI, None, None

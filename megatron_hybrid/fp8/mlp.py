@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_hybrid.fp8.linear import GRAD_OUTPUT, INPUT, Float8Linear, Float8Matrix
+from megatron_hybrid.fp8.linear import GRAD_OUTPUT, INPUT, Float8Linear, Float8Matrix, backward_follows
 
 
 def float8_mlp(x: Tensor, w1_FI: Tensor, w2_OF: Tensor, fc1: Float8Linear, fc2: Float8Linear, *, recompute: bool) -> Tensor:
@@ -19,18 +19,20 @@ def float8_mlp(x: Tensor, w1_FI: Tensor, w2_OF: Tensor, fc1: Float8Linear, fc2: 
 
     With ``recompute`` the cast activation is made again in backward instead of kept.
     """
-    return _Float8Mlp.apply(x, w1_FI, w2_OF, fc1, fc2, recompute)
+    return _Float8Mlp.apply(x, w1_FI, w2_OF, fc1, fc2, recompute, backward_follows(x, w1_FI, w2_OF))
 
 
 class _Float8Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, w1_FI: Tensor, w2_OF: Tensor, fc1: Float8Linear, fc2: Float8Linear, recompute: bool) -> Tensor:
-        x_8, w1_8 = fc1.cast(INPUT, x.reshape(-1, x.shape[-1])), fc1.cast_weight(w1_FI)
+    def forward(
+        ctx, x: Tensor, w1_FI: Tensor, w2_OF: Tensor, fc1: Float8Linear, fc2: Float8Linear, recompute: bool, columns: bool
+    ) -> Tensor:
+        x_8, w1_8 = fc1.cast(INPUT, x.reshape(-1, x.shape[-1]), columns=columns), fc1.cast_weight(w1_FI, columns=columns)
         inner_MF = fc1.output(x_8, w1_8, x.dtype)
-        y_8, w2_8 = fc2.cast(INPUT, inner_MF, prologue="squared_relu", columns=not recompute), fc2.cast_weight(w2_OF)
-        columns = (x_8.columns_KM, None if recompute else y_8.columns_KM, w1_8.columns_KM, w2_8.columns_KM)
-        inverses = (x_8.inverse_scale, y_8.inverse_scale, w1_8.inverse_scale, w2_8.inverse_scale)
-        ctx.save_for_backward(inner_MF, w1_FI, w2_OF, *columns, *inverses)
+        y_8 = fc2.cast(INPUT, inner_MF, prologue="squared_relu", columns=columns and not recompute)
+        w2_8 = fc2.cast_weight(w2_OF, columns=columns)
+        matrices = (x_8, y_8, w1_8, w2_8)
+        ctx.save_for_backward(inner_MF, w1_FI, w2_OF, *(each.columns_KM for each in matrices), *(each.inverse_scale for each in matrices))
         ctx.fc1, ctx.fc2, ctx.x_shape, ctx.recompute = fc1, fc2, x.shape, recompute
         return fc2.output(y_8, w2_8, x.dtype).view(*x.shape[:-1], -1)
 
@@ -49,4 +51,4 @@ class _Float8Mlp(torch.autograd.Function):
         dinner_8 = fc1.cast(GRAD_OUTPUT, dy_MF, prologue="squared_relu_backward", other_MK=inner_MF)
         dw1_FI = fc1.weight_gradient(dinner_8, x_8, w1_FI) if needs_dw1 else None
         dx = fc1.input_gradient(dinner_8, w1_8, inner_MF.dtype).view(ctx.x_shape) if needs_dx else None
-        return dx, dw1_FI, dw2_OF, None, None, None
+        return dx, dw1_FI, dw2_OF, None, None, None, None

@@ -16,7 +16,7 @@ def new_scale(amax: Tensor, previous: Tensor, largest: Tensor | float, margin: i
     """Return (largest / amax) / 2^margin, which moves amax to the end of the format's range, or ``margin`` powers of two below it.
 
     Where amax is zero or not finite there is nothing to learn, and the previous scale stays. An amax so small that the quotient overflows
-    gives the largest fp32 number.
+    gives the largest fp32 number; one so large that the inverse would overflow, or the scale be zero, keeps the previous scale too.
 
     Args:
         amax: largest magnitudes, fp32.
@@ -27,7 +27,8 @@ def new_scale(amax: Tensor, previous: Tensor, largest: Tensor | float, margin: i
     # One division of two tensors: a number over a tensor would be the number times a rounded reciprocal.
     largest = largest if isinstance(largest, Tensor) else torch.full_like(amax, largest)
     scale = (largest / amax / 2.0**margin).clamp(max=torch.finfo(torch.float32).max)
-    return torch.where(torch.isfinite(amax) & (amax > 0), scale, previous)
+    is_usable = torch.isfinite(amax) & (amax > 0) & torch.isfinite(scale.reciprocal())
+    return torch.where(is_usable, scale, previous)
 
 
 def window_amax(history_H: Tensor, algorithm: Literal["max", "most_recent"]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -143,17 +143,31 @@ def describe_implementations(implementations: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {', '.join(operations)}" for name, operations in sorted(by_name.items()))
 
 
-def explain_implementations(device: torch.device, dtype: torch.dtype, choices: KernelsConfig | None = None) -> str:
-    """What ``choose_implementations`` takes, in one line for people, and why where it is not the fastest for the device.
+def explain_implementations(
+    device: torch.device, dtype: torch.dtype, choices: KernelsConfig | None = None, called: Collection[str] = OPERATIONS
+) -> str:
+    """What ``choose_implementations`` takes, in one line for people, and why where it is not the fastest for the device; in a second line
+    what was asked for in vain.
+
+    Args:
+        device: where the operations run.
+        dtype: what they compute in.
+        choices: what is asked for.
+        called: the operations that the run really calls.
 
     Raises:
         ValueError: what is asked for does not run there.
     """
     chosen = choose_implementations(device, dtype, choices)
     asked = sorted(name for name in OPERATIONS if choices is not None and getattr(choices, name) != "auto")
+    in_vain, asked = [name for name in asked if name not in called], [name for name in asked if name in called]
     reasons = [f"{', '.join(asked)} as kernels asks for"] if asked else []
-    if device.type == "cuda" and chosen["attention"] == "sdpa" and "attention" not in asked:
+    if device.type == "cuda" and chosen["attention"] == "sdpa" and "attention" in called and "attention" not in asked:
         obstacle = _cudnn_obstacle(dtype) or "this GPU is older than those it is fastest on"
         reasons.append(f"attention not by cuDNN because {obstacle}")
-    described = describe_implementations(chosen)
-    return f"{described} ({'; '.join(reasons)})" if reasons else described
+    described = describe_implementations({name: chosen[name] for name in called})
+    lines = [f"{described} ({'; '.join(reasons)})" if reasons else described]
+    if in_vain:
+        options = ", ".join(f"kernels.{name}={chosen[name]}" for name in in_vain)
+        lines.append(f"warning: {options} changes nothing here: this run never calls {', '.join(in_vain)}; generating from it may")
+    return "\n".join(lines)

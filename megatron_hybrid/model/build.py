@@ -7,11 +7,28 @@ from megatron.core.transformer import TransformerConfig
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.layers.float8 import use_float8
 from megatron_hybrid.layers.specs import ops_for
-from megatron_hybrid.layout.float8 import plan_float8
+from megatron_hybrid.layout.float8 import LINEARS, plan_float8
+from megatron_hybrid.layout.pattern import ATTENTION, MAMBA, MLP
 from megatron_hybrid.layout.stages import plan_stages
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.model.initialize import initialize_parameters
 from megatron_hybrid.substrate.context import Substrate
+
+
+def called_operations(run: RunConfig) -> set[str]:
+    """The operations of ``layers.specs.OPERATIONS`` that training and validation call, on one stage or another.
+
+    A Mamba-2 layer runs its core in one; convolution, scan and norm alone are for generation. Linears in float8 have products of their
+    own, and an MLP all in float8 its activation too, but for the steps that ``fp8.shadow_every_steps`` evaluates without.
+    """
+    always_in_float8 = run.fp8.recipe != "off" and run.fp8.shadow_every_steps is None
+    plan = plan_float8(run.model, run.parallel.tensor, run.fp8) if always_in_float8 else ((),) * run.model.num_layers
+    called = {"embedding", "rms_norm", "linear_cross_entropy"}
+    for kind, planned in zip(run.model.layer_kinds, plan, strict=True):
+        if set(planned) != set(LINEARS[kind]):
+            called |= {"linear", "squared_relu"} if kind == MLP else {"linear"}
+        called |= {MAMBA: {"mamba_core"}, ATTENTION: {"attention"}, MLP: set()}[kind]
+    return called
 
 
 def build_chunks(run: RunConfig, config: TransformerConfig, substrate: Substrate) -> list[HybridModel]:

@@ -64,9 +64,14 @@ class MicroBatchGraph:
         self.task, self.chunk = task, chunk
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether a step need only replay it."""
+        return self._graph is not None
+
     def run(self, data: StepData) -> list[Metrics]:
         """Forward and backward over a step's micro-batches, with gradients finished; the metrics of each."""
-        if self._graph is None:
+        if not self.is_captured:
             self._capture(data.micro_batches[0])
         per_micro_batch, total_tokens = [], torch.zeros_like(self._num_tokens)
         for micro_batch in data.micro_batches:

@@ -81,3 +81,13 @@ class StatefulTask(Task, Protocol):
 
     def take_state(self, loaded: dict[str, Tensor]) -> None:
         """Take over what was saved, by key."""
+
+    def weight_state(self, saved_data: dict[str, Any]) -> dict[str, ShardedTensor]:
+        """The part of ``sharded_state`` without which saved weights mean something else, for a run that starts from them alone.
+
+        Args:
+            saved_data: the ``data_fingerprint`` of the run that saved them.
+        """
+
+    def take_weight_state(self, loaded: dict[str, Tensor]) -> None:
+        """Take over what ``weight_state`` asked for, by key."""

@@ -105,10 +105,12 @@ class Trainer:
                 step_data = next(data)
                 rate = self._set_learning_rate(step_data.num_samples)
                 self._notify("before_step", step_data)
-                result = self._step(step_data)
+                graph = self._graph_of_step()
+                warm_up = self._warm_up(graph)
+                result = self._step(step_data, graph)
                 self.state.step += 1
                 self.state.samples += step_data.num_samples
-                self._notify("after_step", progress.record(self.state, result, rate, step_data.num_samples))
+                self._notify("after_step", progress.record(self.state, result, rate, step_data.num_samples, warm_up))
                 self.store.finish_pending(blocking=False)
                 if self.run.checkpoint.every_steps and self.state.step % self.run.checkpoint.every_steps == 0:
                     self.save()
@@ -178,9 +180,10 @@ class Trainer:
         """Tell all callbacks what one of them measured; called on every rank."""
         self._notify("on_report", kind, values)
 
-    def _step(self, step_data: StepData) -> StepResult:
+    def _step(self, step_data: StepData, graph: MicroBatchGraph | None) -> StepResult:
+        self.has_stepped = True
         try:
-            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, self._graph_of_step())
+            return train_step(self.task, self.chunks, self.optimizer, step_data, self.substrate, graph)
         except NonFiniteError as error:
             # Every rank is here; a save that is still being written is not given up.
             self.store.finish_pending(blocking=True)
@@ -189,8 +192,13 @@ class Trainer:
 
     def _graph_of_step(self) -> MicroBatchGraph | None:
         """The first step of a process compiles kernels, and a step that float8 is observed in launches others: both without the graph."""
-        is_first, self.has_stepped = not self.has_stepped, True
-        return None if is_first or is_observed(self.chunks) else self.graph
+        return self.graph if self.has_stepped and not is_observed(self.chunks) else None
+
+    def _warm_up(self, graph: MicroBatchGraph | None) -> str | None:
+        """What the coming step does once for all later ones, for people; None if nothing."""
+        if not self.has_stepped:
+            return "kernels are compiled or loaded, memory is taken"
+        return "the CUDA graph is captured" if graph is not None and not graph.is_captured else None
 
     def _should_leave(self, num_steps: int) -> bool:
         """Asked to by a signal to any rank, or after as many steps as this process was given."""
@@ -228,8 +236,14 @@ class Trainer:
 
     def _load_weights(self) -> None:
         path = self.run.checkpoint.initialize_from
-        check_header(read_header(path), model=self.task.architecture())
-        self._take_weights(load(path, {"model": self._sharded_model()}, group=self.substrate.control_group)["model"])
+        header = read_header(path)
+        check_header(header, model=self.task.architecture())
+        state = self.task.weight_state(header["data"]) if isinstance(self.task, StatefulTask) else {}
+        wanted = {"model": self._sharded_model()} | ({"task": state} if state else {})
+        loaded = load(path, wanted, group=self.substrate.control_group)
+        self._take_weights(loaded["model"])
+        if isinstance(self.task, StatefulTask):
+            self.task.take_weight_state(loaded.get("task", {}))
         # The fp32 masters were made from what stood in the weights before.
         self.optimizer.reload_model_params()
         _log.info("initialised the weights from %s", path)

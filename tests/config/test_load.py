@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.config import ConfigError, RunConfig, dump_config, load_config
-from megatron_hybrid.config.load import load_model, preset_names
+from megatron_hybrid.config.load import apply_override, load_model, preset_names
 
 RUN = """\
 run_dir: runs/one
@@ -167,9 +167,17 @@ def test_a_malformed_override_is_refused(run_file: Path, override: str, problem:
     assert problems(run_file, override) == [problem]
 
 
-def test_a_list_is_overridden_as_a_whole(run_file: Path) -> None:
-    (line,) = problems(run_file, "data.phases=[{start: 0}]", "data.phases.0.start=1")
-    assert line.endswith("give the list as a whole: data.phases=[...]")
+@pytest.mark.parametrize("part", ["1", "-1", "start"])
+def test_an_item_that_a_list_does_not_have(run_file: Path, part: str) -> None:
+    (line,) = problems(run_file, "data.phases=[{start: 0}]", f"data.phases.{part}.start=1")
+    assert line == f"'data.phases' is a list: expected a number from 0 to 0, got {part!r}; or give it as a whole: data.phases=[...]"
+
+
+def test_items_of_lists_are_overridden_by_number() -> None:
+    tree = {"stages": [{"steps": 1}, {"steps": 2, "sides": [3, 4]}]}
+    for override in ("stages.1.steps=5", "stages.1.sides.0=6", "stages.0.rate.high=7"):
+        apply_override(tree, override)
+    assert tree == {"stages": [{"steps": 1, "rate": {"high": 7}}, {"steps": 5, "sides": [6, 4]}]}
 
 
 def test_all_problems_are_reported_together(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import Fp8Config, RunConfig
 from megatron_hybrid.config.load import load_model
 
 RUN: dict[str, Any] = {
@@ -75,6 +75,9 @@ FP8 = {"recipe": "delayed"}
     ("sections", "message"),
     [
         ({"fp8": {"recipe": "current", "delayed": {"margin": 1}}}, "recipe=current keeps no history"),
+        ({"fp8": {"telemetry_every_steps": 1}}, "recipe=off reads no other option, and telemetry_every_steps is set; set recipe=delayed"),
+        ({"fp8": {"bf16_layers_at_start": 99, "delayed": {"margin": 1}}}, "and delayed, bf16_layers_at_start are set"),
+        ({"fp8": FP8 | {"delayed": {"margin": 19}}}, "less than or equal to 18"),
         ({"fp8": FP8 | {"linears": ["in_proj", "in_proj"]}}, "names one twice"),
         ({"fp8": FP8 | {"linears": []}}, "at least 1 item"),
         ({"fp8": FP8 | {"linears": ["lm_head"]}}, "Input should be 'in_proj'"),
@@ -87,9 +90,10 @@ def test_float8_that_cannot_be_is_refused(sections: dict[str, Any], message: str
         run_with(**sections)
 
 
-def test_float8_is_off_unless_asked_for_and_then_unread() -> None:
-    assert run_with().fp8.recipe == "off"
-    assert run_with(data={"sequence_length": 500}, fp8={"bf16_layers_at_start": 99}).fp8.recipe == "off"
+def test_float8_is_off_unless_asked_for() -> None:
+    assert run_with(data={"sequence_length": 500}).fp8.recipe == "off"
+    written_out = Fp8Config().model_dump(mode="json")
+    assert run_with(data={"sequence_length": 500}, fp8=written_out).fp8 == Fp8Config()
 
 
 def test_dimensions_that_no_layer_uses_need_not_divide() -> None:

@@ -22,7 +22,9 @@ NUM_LINEARS = 8
 
 def float8_run(folder: Path, **sections: Any) -> RunConfig:
     """``small_run`` in float8: delayed scaling with a window of four steps, no layer kept out, four steps of four micro-batches."""
-    fp8 = {"recipe": "delayed", "delayed": {"history_length": 4}, **sections.pop("fp8", {})}
+    fp8 = sections.pop("fp8", {})
+    if fp8.get("recipe") != "off":
+        fp8 = {"recipe": "delayed", "delayed": {"history_length": 4}, **fp8}
     model = {**MODEL, **sections.pop("model", {})}
     optimizer = {"lr": 1e-3, **sections.pop("optimizer", {})}
     data = {"sequence_length": 48, **sections.pop("data", {})}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.fp8 import kernels
-from megatron_hybrid.fp8.backends import cast_plain, emulated_product, make_backend, scales_plain
+from megatron_hybrid.fp8.backends import amax_plain, cast_plain, emulated_product, make_backend, scales_plain
 from megatron_hybrid.fp8.formats import E4M3, E5M2, Float8Format
+from megatron_hybrid.fp8.scaling import new_scale
 from megatron_hybrid.ops.installed import has_transformer_engine
 
 
@@ -84,5 +85,24 @@ def test_infinities_saturate_and_nan_stays(device: str) -> None:
     x_MK[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
     rows_MK, _ = kernels.cast(x_MK, torch.ones((), device=device), E4M3)
     assert rows_MK[0, 0].item() == 448 and rows_MK[0, 1].item() == -448 and rows_MK[0, 2].isnan()
-    x_MK[0, 2] = 0
-    assert kernels.amax(x_MK).isinf()
+
+
+@pytest.mark.parametrize("prologue", ["none", "squared_relu", "squared_relu_backward"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_amax_that_is_not_finite_keeps_the_scale(value: float, prologue: Any, device: str) -> None:
+    """In kernel and specification alike, under delayed and current scaling."""
+    x_MK, other_MK = make_inputs(torch.float32, device)
+    x_MK[3, 5], other_MK[3, 5] = value, 1.0
+    if prologue == "squared_relu":
+        x_MK[3, 5] = abs(value)
+    options = dict(prologue=prologue, other_MK=other_MK)
+    previous = torch.tensor(3.0, device=device)
+    for backend_cast, backend_amax, backend_scales in (
+        (kernels.cast, kernels.amax, kernels.scales),
+        (cast_plain, amax_plain, scales_plain),
+    ):
+        recorded = torch.tensor(2.0, device=device)
+        backend_cast(x_MK, previous, E4M3, amax=recorded, rows=True, columns=True, into=None, **options)
+        assert recorded == float("inf") and backend_amax(x_MK, **options) == float("inf")
+        assert new_scale(recorded, previous, E4M3.largest) == previous
+        assert [each.item() for each in backend_scales(recorded, E4M3)] == [1, 1]

@@ -144,9 +144,12 @@ def test_statistics_count_both_ends() -> None:
     x[3, 0] = 460.0  # only rounds
     weight = torch.eye(16)
     module(x, weight)
-    assert describe_statistics(module.statistics_RS[0]) == {"amax": 1000.0, "saturated": 4 / 256, "flushed": 8 / 256}
+    assert describe_statistics(module.statistics_RS[0]) == {"amax": 1000.0, "scale": 1.0, "saturated": 4 / 256, "flushed": 8 / 256}
+    module.set_scales(torch.tensor([0.3, 1.0, 1.0]))
     module(torch.full((16, 16), float("inf")), weight)
-    assert describe_statistics(module.statistics_RS[0]) == {"amax": None, "saturated": 260 / 512, "flushed": 8 / 512}
+    described = describe_statistics(module.statistics_RS[0])
+    assert described == {"amax": None, "scale": torch.tensor(0.3).item(), "saturated": 260 / 512, "flushed": 8 / 512}
+    assert describe_statistics(module.statistics_RS[2])["scale"] is None, "no gradient was cast"
 
 
 def test_current_scaling_saturates_nothing() -> None:

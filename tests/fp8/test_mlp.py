@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_hybrid.config import DelayedScalingConfig, Fp8Config
-from megatron_hybrid.fp8.backends import make_backend
+from megatron_hybrid.fp8.backends import Cast, cast_plain, make_backend
 from megatron_hybrid.fp8.linear import GRAD_OUTPUT, INPUT, Float8Linear
 from megatron_hybrid.fp8.mlp import float8_mlp
 from megatron_hybrid.ops.activation import squared_relu_reference
@@ -44,6 +48,34 @@ def test_it_is_its_two_linears(recipe: str, recompute: bool) -> None:
         torch.testing.assert_close(fused, composed, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_transposes_are_made_for_a_backward_pass_alone(recompute: bool) -> None:
+    made: list[tuple[bool, bool]] = []
+    for each in (pair := make_pair("delayed")):
+        each.backend = replace(each.backend, cast=recording_cast(made))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((16, 16), (32, 16), (16, 32))]
+    with torch.no_grad():
+        float8_mlp(*leaves, *pair, recompute=recompute)
+        pair[0](leaves[0], leaves[1])
+    float8_mlp(*(leaf.detach() for leaf in leaves), *pair, recompute=recompute)
+    assert made == [(True, False)] * 10
+    made.clear()
+    float8_mlp(*leaves, *pair, recompute=recompute)
+    pair[0](leaves[0], leaves[1])
+    # x, w1, y, w2; x, w1
+    assert [columns for _, columns in made] == [True, True, not recompute, True, True, True]
+
+
+def recording_cast(made: list[tuple[bool, bool]]) -> Cast:
+    """The plain cast, which notes whether rows and columns were wanted."""
+
+    def cast(*arguments: Any, rows: bool, columns: bool, **options: Any) -> tuple[Tensor | None, Tensor | None]:
+        made.append((rows, columns))
+        return cast_plain(*arguments, rows=rows, columns=columns, **options)
+
+    return cast
+
+
 def test_amaxes_are_of_what_is_cast() -> None:
     fc1, fc2 = make_pair("delayed")
     x, w1, w2 = torch.randn(16, 16), torch.randn(32, 16), torch.randn(16, 32)
@@ -60,11 +92,11 @@ def test_a_held_weight_is_used_until_it_is_released() -> None:
     expected_old, expected_new = fc1(x, old), fc1(x, new)
     fc1.hold_weight(old)
     assert torch.equal(fc1(x, new), expected_new), "another weight is cast anew"
-    held = fc1.cast_weight(old).rows_MK
+    held = fc1.cast_weight(old, columns=True).rows_MK
     old.copy_(new)
     assert torch.equal(fc1(x, old), expected_old), "the cast is the one that was made"
     fc1.hold_weight(old)
-    assert fc1.cast_weight(old).rows_MK.data_ptr() == held.data_ptr(), "the memory stays, for CUDA graphs"
+    assert fc1.cast_weight(old, columns=True).rows_MK.data_ptr() == held.data_ptr(), "the memory stays, for CUDA graphs"
     assert torch.equal(fc1(x, old), expected_new)
     fc1.release_weight()
-    assert fc1.cast_weight(old).rows_MK.data_ptr() != held.data_ptr()
+    assert fc1.cast_weight(old, columns=True).rows_MK.data_ptr() != held.data_ptr()

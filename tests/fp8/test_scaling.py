@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from megatron_hybrid.config.float8 import LARGEST_MARGIN
+from megatron_hybrid.fp8.formats import E4M3, quantize
 from megatron_hybrid.fp8.scaling import new_scale, rolled, window_amax
 
 LARGEST_FP32 = torch.finfo(torch.float32).max
@@ -29,6 +31,20 @@ def test_an_amax_that_says_nothing_keeps_the_previous_scale(amax: float) -> None
 
 def test_an_infinite_scale_becomes_the_largest_number() -> None:
     assert scale_of(1e-40) == LARGEST_FP32
+
+
+def test_a_scale_whose_inverse_would_overflow_keeps_the_previous_one() -> None:
+    assert scale_of(1e38, margin=LARGEST_MARGIN) == 3.0, "448 / 1e38 / 2^18 is 1.7e-41, whose inverse is infinite"
+    assert scale_of(1e38) == pytest.approx(4.48e-36)
+    assert scale_of(1.0, margin=200) == 3.0, "2^-191 is zero in fp32"
+
+
+def test_the_largest_margin_is_the_last_that_flushes_not_even_amax() -> None:
+    """In E4M3, which inputs and weights have in either format."""
+    for margin, is_flushed in ((LARGEST_MARGIN, False), (LARGEST_MARGIN + 1, True)):
+        amax = torch.tensor(2.0)
+        scale = new_scale(amax, torch.ones(()), E4M3.largest, margin)
+        assert (quantize(amax, scale, E4M3).float() == 0) == is_flushed
 
 
 def test_each_element_is_on_its_own() -> None:

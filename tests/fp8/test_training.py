@@ -180,6 +180,8 @@ def test_reports(parallel: dict, folder: Path, tmp_path: Path, run_ranks) -> Non
         for name, roles in line["linears"].items():
             history_RH, _ = all_linears(watched, line["step"] - 1)[name]
             assert [roles[role]["amax"] for role in ("input", "weight", "grad_output")] == history_RH[:, -1].tolist()
+            _, scale_R = all_linears(watched, line["step"] - 2)[name]
+            assert [roles[role]["scale"] for role in ("input", "weight", "grad_output")] == scale_R.tolist()
             assert all(0 <= role["saturated"] < 0.1 and 0 <= role["flushed"] < 0.5 for role in roles.values())
     losses = {line["step"]: line["metrics"]["loss"] for line in lines if line["kind"] == "step"}
     shadows = [line for line in lines if line["kind"] == "fp8_shadow"]

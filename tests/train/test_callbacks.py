@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import math
 import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.train.callbacks.console import format_duration, format_record
 from megatron_hybrid.train.callbacks.loss_curve import draw_loss_curve
 from megatron_hybrid.train.callbacks.metrics_file import read_metrics
+from megatron_hybrid.train.callbacks.tensorboard import TensorBoardLog, scalars
 from megatron_hybrid.train.callbacks.wandb import WandbLog
-from megatron_hybrid.train.progress import StepRecord
+from megatron_hybrid.train.progress import Progress, StepRecord
+from megatron_hybrid.train.step import StepResult
+from megatron_hybrid.train.trainer import TrainState
 from tests.runs import small_run, write_corpus
 from tests.train.training import train
 
@@ -30,6 +36,7 @@ RECORD = StepRecord(
     grad_norm=1.5,
     learning_rate=3e-4,
     step_s=0.5,
+    warm_up=None,
     tokens_per_s=4096.0,
     tflops_per_rank=0.25,
     mfu=None,
@@ -47,6 +54,30 @@ def test_lines_align() -> None:
     assert "step 7/200" in first and "loss   6.2500" in first and "4.1K tok/s" in first and "eta 1:36" in first
     for word in ("loss", "grad", "lr", "tok/s", "TFLOP/s", "GiB", "data", "eta"):
         assert first.index(word) == last.index(word), word
+
+
+def test_a_warm_up_has_its_time_instead_of_rates() -> None:
+    rates = dict.fromkeys(("tokens_per_s", "tflops_per_rank", "mfu", "eta_s"))
+    line = format_record(replace(RECORD, step_s=16.62, warm_up="kernels are compiled", **rates))
+    assert line.endswith("lr 3.00e-04  warm-up: 16.6 s (kernels are compiled)") and line.startswith(format_record(RECORD)[:40])
+
+
+def test_rates_and_time_left_are_of_the_steps_after_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = iter([0.0, 20.0, 25.0, 27.0, 31.0])
+    monkeypatch.setattr("megatron_hybrid.train.progress.time.perf_counter", lambda: next(clock_s))
+    run = small_run(tmp_path, train={"steps": 10}, logging={"peak_tflops": 2.0})
+    progress = Progress(run, 1e12, SimpleNamespace(device=torch.device("cpu"), world_size=1))
+    per_step, records = run.train.global_batch_size, []
+    for step, warm_up in enumerate(("compiles", "captures", None, None), start=1):
+        state, result = TrainState(step, step * per_step), StepResult({"loss": 5.0}, 1.0, 0)
+        records.append(progress.record(state, result, 1e-3, per_step, warm_up))
+    assert [record.step_s for record in records] == [20, 5, 2, 4]
+    for record in records[:2]:
+        assert (record.tokens_per_s, record.tflops_per_rank, record.mfu, record.eta_s) == (None, None, None, None)
+        assert not any(name in scalars(record) for name in ("speed/tokens_per_s", "speed/tflops_per_rank", "speed/mfu"))
+    assert [record.tokens_per_s for record in records[2:]] == [run.tokens_per_step / 2, run.tokens_per_step / 4]
+    assert [record.mfu for record in records[2:]] == [per_step / 4, per_step / 8] and "speed/mfu" in scalars(records[2])
+    assert [record.eta_s for record in records[2:]] == [7 * 2, 6 * 3]
 
 
 def test_mfu_is_shown_where_the_peak_is_known() -> None:
@@ -70,6 +101,7 @@ def test_run_leaves_metrics_curve_and_events(tmp_path: Path, run_ranks) -> None:
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["metrics"]["loss"] for line in steps] == outcomes[0].losses
     assert [line["samples"] for line in steps] == [8, 16, 24, 32, 40]
+    assert [line["warm_up"] is None for line in steps] == [line["eta_s"] is not None for line in steps] == [False] + [True] * 4
     validations = [line for line in lines if line["kind"] == "validation"]
     assert [(line["step"], set(line["losses"])) for line in validations] == [(step, {"held-out", "text"}) for step in (2, 4, 5)]
     assert (run.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -121,6 +153,22 @@ def test_wandb_continues_one_run_per_directory(tmp_path: Path, monkeypatch: pyte
     assert [options["project"] for options in started] == ["hybrids"] * 3
     assert started[0]["id"] == started[2]["id"] != started[1]["id"]
     assert started[0]["resume"] == "allow"
+
+
+def test_reports_reach_both_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    shown: dict[str, dict] = {"tensorboard": {}, "wandb": {}}
+    events, curves = TensorBoardLog(run), WandbLog(run)
+    events.writer = SimpleNamespace(add_scalar=lambda name, value, step: shown["tensorboard"].update({(name, step): value}))
+    curves.run = SimpleNamespace(log=lambda values, step: shown["wandb"].update({(name, step): value for name, value in values.items()}))
+    trainer = SimpleNamespace(state=TrainState(step=20))
+    for callback in (events, curves):
+        callback.on_report(trainer, "fp8", {"linears": {"decoder.layers.0.mixer.in_proj": {"input": {"amax": 2.5, "saturated": 0.0}}}})
+        callback.on_report(trainer, "fp8_shadow", {"exact_loss": None, "relative_gap": -1e-4})
+    assert str(shown["tensorboard"]) == str(shown["wandb"])
+    assert shown["wandb"]["fp8/linears/decoder.layers.0.mixer.in_proj/input/amax", 20] == 2.5
+    assert shown["wandb"]["fp8_shadow/relative_gap", 20] == -1e-4 and math.isnan(shown["wandb"]["fp8_shadow/exact_loss", 20])
 
 
 def test_missing_logger_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -85,9 +85,10 @@ def test_a_step_replays_the_graph_for_each_micro_batch() -> None:
     config = SimpleNamespace(finalize_model_grads_func=lambda chunks, tokens: finished.append((chunks, tokens.clone())))
     chunk = SimpleNamespace(config=config, grad=torch.zeros(3))
     graph = ReplayedSum(CAPTURABLE, chunk)
+    assert not graph.is_captured
     for step in range(1, 3):
         metrics = graph.run(StepData(micro_batches, 4, 0))
         assert [each["loss"].tolist() for each in metrics] == [[n * (2 + n), 2 + n] for n in range(4)]
         assert chunk.grad.tolist() == [6 * step, 6 * step, 14 * step]
-    assert graph.num_captures == 1
+    assert graph.num_captures == 1 and graph.is_captured
     assert [(chunks == [chunk], int(tokens)) for chunks, tokens in finished] == [(True, 14), (True, 14)]

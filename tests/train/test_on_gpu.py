@@ -45,7 +45,7 @@ class GraphWatch(Callback):
     grad_norms: list[float] = field(default_factory=list)
 
     def after_step(self, trainer: Any, record: Any) -> None:
-        self.captured.append(trainer.graph is not None and trainer.graph._graph is not None)
+        self.captured.append(trainer.graph is not None and trainer.graph.is_captured)
         self.grad_norms.append(record.grad_norm)
 
 

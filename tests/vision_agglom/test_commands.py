@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from examples.radio.demo import describe_results
 from tests.vision_agglom.teachers.conftest import TWINS
 from vision_agglom.__main__ import main
 
@@ -70,6 +71,9 @@ def test_trains_evaluates_and_exports(config: Path, run_ranks) -> None:
     assert code == 0, err
     assert "fidelity at" in out
     assert {path.name for path in run_dir.iterdir()} >= {"evaluation.json", "evaluation.png", "features.png"}
+    # The demo ends with the pictures that are there, the curves over resolution among them.
+    assert all(str(picture) in describe_results(str(run_dir)) for picture in run_dir.glob("*.png"))
+    assert str(run_dir / "evaluation.png") in out
     ((code, out, err),) = run_ranks(command, 1, ["export", str(run_dir), str(config.parent / "out"), "--formats", "hub", "transformers"])
     assert code == 0, err
     assert (config.parent / "out" / "radio.pth").exists() and (config.parent / "out" / "transformers" / "config.json").exists()
@@ -106,3 +110,21 @@ def test_bad_input_is_one_error(arguments: list[str], finding: str, config: Path
 def test_evaluate_needs_a_run_directory(tmp_path: Path) -> None:
     code, _, err = command(["evaluate", str(tmp_path)])
     assert code == 2 and "is no run directory" in err
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "finding"),
+    [
+        ("out", ["--image-side", "100"], "--image-side: 100 is no multiple of student.patch_size=16; choose 96 or 112"),
+        ("out", ["--image-side", "0"], "--image-side: 0 is no multiple of student.patch_size=16; choose 16"),
+        ("out", ["--image-side", "256"], "--image-side: 256 exceeds student.max_image_size=128"),
+        ("run.yaml", [], "is a file; name a folder"),
+        ("run.yaml/below", [], "is a file; name a folder"),
+    ],
+)
+def test_export_refuses_before_it_reads_a_checkpoint(output: str, options: list[str], finding: str, config: Path, tmp_path: Path) -> None:
+    for name in ("config.yaml", "run.yaml"):
+        (tmp_path / name).write_text(config.read_text())
+    code, _, err = command(["export", str(tmp_path), str(tmp_path / output), *options])
+    assert code == 2 and finding in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hybrid.checkpoint.store import step_name
 from megatron_hybrid.config.run_directory import CONFIG_NAME
 from megatron_hybrid.substrate.groups import initialize, shutdown
 from megatron_hybrid.train.trainer import Trainer
@@ -36,18 +37,24 @@ def train_and_describe(run: VisionConfig) -> Outputs:
     run.run_dir.mkdir(exist_ok=True)
     (run.run_dir / CONFIG_NAME).write_text(dump_config(run))
     trainer.train()
+    outputs = describe(task)
+    shutdown(substrate)
+    return outputs
+
+
+def describe(task: Distillation) -> Outputs:
+    """What a student says of the images, its heads in the teachers' own spaces."""
     (chunk,) = task.chunks
     chunk.eval()
     outputs: Outputs = {}
     with torch.no_grad():
         features = chunk(images())
         outputs["prefix"], outputs["spatial"] = features.prefix_BSD, features.patches_BTD
-        for index, name in enumerate(run.teacher_names):
+        for index, name in enumerate(task.run.teacher_names):
             spatial = chunk.heads.spatial[name](features.patches_BTD)
             outputs[f"{name}.spatial"] = task.trackers[name].head_space.denormalize(spatial)
             if name in chunk.heads.summary:
                 outputs[f"{name}.summary"] = chunk.heads.summary[name](features.prefix_BSD[:, index])
-    shutdown(substrate)
     return outputs
 
 
@@ -115,3 +122,42 @@ def test_what_cannot_be_loaded_is_refused(run_ranks: Callable[..., list[Any]], t
     assert "is of another student than its config.yaml says: hidden_size differ" in message
     with pytest.raises(ValueError, match="is no run directory: it has no config.yaml"):
         load_run(tmp_path / "nowhere")
+
+
+def start_and_describe(run: VisionConfig) -> tuple[Outputs, Outputs]:
+    """What a run that starts from another's weights says at once, and turned to its own first targets."""
+    substrate = initialize(run)
+    config = build_transformer_config(run, substrate)
+    task = Distillation(run, config, substrate, load=RandomTeacher, open_stream=SyntheticStream)
+    trainer = Trainer(run, task, config, substrate, [], task.plan.learning_rate)
+    trainer.resume()
+    before = describe(task)
+    next(task.training_data(0))
+    turned: Outputs = {}
+    with torch.no_grad():
+        for name, tracker in task.trackers.items():
+            assert name != "clip" or tracker.turn is not None, "its targets are no longer those of the head"
+            spatial = task.chunks[0].heads.spatial[name](before["spatial"], tracker.turn)
+            turned[f"{name}.spatial"] = tracker.transformation.denormalize(spatial)
+    shutdown(substrate)
+    return before, turned
+
+
+@pytest.mark.parametrize("variant", [{}, {"student": {"spectral_reparam": True}}], ids=["plain", "spectral"])
+def test_weights_of_another_run_say_the_same_of_the_same_teachers(
+    run_ranks: Callable[..., list[Any]], tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    """Towards other targets, where the resume refusal sends the user: another standardizer, another model by the name of dino."""
+    first = small_vision_run(tmp_path, **variant)
+    (expected,) = run_ranks(train_and_describe, 1, first)
+    second = small_vision_run(
+        tmp_path / "second", seed=7, checkpoint={"initialize_from": first.run_dir / "checkpoints" / step_name(first.total_steps)}, **variant
+    )
+    clip, dino, sam = second.teachers
+    teachers = (clip.model_copy(update={"standardizer": "zca"}), dino.model_copy(update={"model": "another"}), sam)
+    ((before, turned),) = run_ranks(start_and_describe, 1, second.model_copy(update={"teachers": teachers}))
+    for name in set(expected) - {"dino.spatial"}:
+        torch.testing.assert_close(before[name], expected[name], rtol=1e-6, atol=1e-6 * float(expected[name].abs().max()), msg=name)
+    for name in ("clip.spatial", "sam.spatial"):
+        assert (turned[name] - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
+    assert not torch.allclose(before["dino.spatial"], expected["dino.spatial"], rtol=0.1)

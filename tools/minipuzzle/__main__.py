@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from megatron_hybrid.substrate.exit_codes import ExitCode
 from tools.minipuzzle.config import MiniPuzzleConfig, Stage, load_minipuzzle
 
 _EPILOG = """examples:
@@ -16,6 +15,7 @@ _EPILOG = """examples:
   python -m tools.minipuzzle score run.yaml parallel.tensor=2 score.layer_samples=32
   torchrun --nproc-per-node 8 -m tools.minipuzzle score run.yaml parallel.tensor=8
 
+report times decoding of parent and winner first, where that is not done, on the device that it is called on.
 Every stage leaves a file in work_dir that the next one reads: scores.json, candidates.json, pruned/NAME, short/NAME, long/NAME,
 results.json, report.html. docs/minipuzzle.md says what is in them and what may be edited.
 """
@@ -63,11 +63,9 @@ def _search(config: MiniPuzzleConfig) -> int:
 
 
 def _prune(config: MiniPuzzleConfig) -> int:
-    from tools.minipuzzle.parent import find_parent
-    from tools.minipuzzle.run import prune_chosen
+    from tools.minipuzzle.run import prune
 
-    prune_chosen(find_parent(config))
-    return ExitCode.FINISHED
+    return prune(config)
 
 
 def _distill(config: MiniPuzzleConfig) -> int:
@@ -83,11 +81,9 @@ def _run(config: MiniPuzzleConfig, until: Stage) -> int:
 
 
 def _report(config: MiniPuzzleConfig) -> int:
-    from tools.minipuzzle.parent import find_parent
-    from tools.minipuzzle.report import write_report
+    from tools.minipuzzle.run import report
 
-    print(write_report(find_parent(config)))
-    return ExitCode.FINISHED
+    return report(config)
 
 
 _VERBS: dict[str, Callable[[MiniPuzzleConfig], int]] = {

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.report import STYLE, html_table
-from tools.minipuzzle.results import Result, ResultKind, Results, load_results
+from tools.minipuzzle.results import LEAST_COST, Result, ResultKind, Results, costs_nothing, load_results
 from tools.minipuzzle.scores import load_scores
 
 TRAINED: dict[ResultKind, str] = {"long": "distilled", "finetune": "fine-tuned without a teacher", "scratch": "from scratch"}
@@ -75,9 +75,13 @@ class Comparison:
         """Next-token accuracy."""
         return Spread(tuple(result.accuracy for result in self.of(kind)))
 
-    def recovered(self, kind: ResultKind) -> Spread:
-        """Share of the loss that pruning cost which a training won back; below 0 where it lost more."""
-        return Spread(tuple(each.recovered(kind) for each in self.results))
+    def recovered(self, kind: ResultKind) -> Spread | None:
+        """Share of the loss that pruning cost which a training won back; below 0 where it lost more.
+
+        Over the compressions where pruning cost something measurable; None where there is none.
+        """
+        values = tuple(share for share in (each.recovered(kind) for each in self.results) if share is not None)
+        return Spread(values) if values else None
 
     def parameter_shares(self) -> Spread:
         """The winners' parameters over the parent's."""
@@ -99,7 +103,7 @@ def compare(work_dirs: Sequence[Path]) -> Comparison:
     """
     results = tuple(load_results(WorkFiles(work_dir)) for work_dir in work_dirs)
     for work_dir, each in zip(work_dirs, results, strict=True):
-        if each.winner is None or each.recovered("long") is None:
+        if each.winner is None or each.cost_of_pruning() is None or not each.find("long", each.winner):
             raise ValueError(f"{work_dir} has no distilled winner yet; run its compression to the end first")
     parents = {work_dir: load_scores(WorkFiles(work_dir).scores).checkpoint for work_dir in work_dirs}
     if len(set(parents.values())) > 1:
@@ -147,7 +151,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
         ("pruned", comparison.losses("pruned"), "lightgray"),
         *losses,
     ]
-    shares = [(name, comparison.recovered(kind), color) for kind, name, color in trained]
+    shares = [(name, share, color) for kind, name, color in trained if (share := comparison.recovered(kind)) is not None]
     for axes, shown in ((left, losses), (right, shares)):
         for place, (_, spread, color) in enumerate(shown):
             axes.bar(place, spread.mean, color=color, width=0.6)
@@ -160,6 +164,11 @@ def draw_comparison(comparison: Comparison) -> Figure:
     left.set_ylim(min(values) - 0.3 * margin, max(values) + 0.1 * margin)
     left.axhline(comparison.losses("parent").mean, color="tab:gray", lw=1, ls="--")
     left.set_ylabel("loss per token (nats); axis cut off")
+    right.set_ylabel("share of the lost loss won back")
+    if not shares:
+        right.set(xticks=[], yticks=[])
+        right.text(0.5, 0.5, "pruning cost nothing measurable", ha="center", va="center", transform=right.transAxes)
+        return figure
     right.axhline(0.0, color="black", lw=0.8)
     right.axhline(1.0, color="tab:gray", lw=1, ls="--")
     # What lost more than pruning did is far below, and would flatten the rest: cut off there, said in its label.
@@ -169,7 +178,6 @@ def draw_comparison(comparison: Comparison) -> Figure:
         right.text(
             place, min(max(*spread.values, 0.0) + 0.04, _HIGHEST_SHOWN - 0.1), spread.describe(0, 100, " %"), ha="center", va="bottom"
         )
-    right.set_ylabel("share of the lost loss won back")
     return figure
 
 
@@ -180,7 +188,11 @@ def _rows(comparison: Comparison) -> list[list[str]]:
         row = [name, comparison.losses(kind).describe(), comparison.accuracies(kind).describe(2, 100, " %")]
         if kind in TRAINED:
             recovered = comparison.recovered(kind)
-            row += [recovered.describe(1, 100, " %"), ", ".join(f"{value:.1%}" for value in recovered.values)]
+            each_seed = (each.recovered(kind) for each in comparison.results)
+            row += [
+                "" if recovered is None else recovered.describe(1, 100, " %"),
+                ", ".join("-" if share is None else f"{share:.1%}" for share in each_seed),
+            ]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     return rows
 
@@ -188,6 +200,9 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 def _notes(comparison: Comparison) -> list[str]:
     parent_size = comparison.of("parent")[0].num_parameters
     notes = [f"parameters: {comparison.parameter_shares().describe(1, 100, ' %')} of the parent's {parent_size:,}"]
+    for work_dir, each in zip(comparison.work_dirs, comparison.results, strict=True):
+        if each.cost_of_pruning() < LEAST_COST:
+            notes.append(f"{work_dir} has no share that was won back: {costs_nothing(each)}")
     speedup = comparison.speedup()
     if speedup is not None:
         before = comparison.results[0].speeds[0]

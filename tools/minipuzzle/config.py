@@ -107,12 +107,14 @@ class SearchConfig(Section):
     latency: LatencyConfig = LatencyConfig()
     solver: bool = True
     """Also find the exact optimum of the estimated damage, with a width for every MLP layer of its own (integer program)."""
+    solver_time_limit_s: float = Field(60.0, gt=0)
+    """Longest time of one integer program (one for each choice of widths that all layers share). Stopped there, the best so far counts."""
     num_evaluated: int = Field(130, gt=0)
     """Candidates of the grid, least estimated damage first, that are run on validation tokens."""
     num_tokens: TokenCount = Field(1_000_000, gt=0)
     """Validation tokens that candidates are ranked on."""
-    rank_by: Literal["accuracy", "agreement", "loss"] = "accuracy"
-    """Next-token accuracy, greedy agreement with the parent, or loss."""
+    rank_by: Literal["accuracy_and_agreement", "accuracy", "agreement", "loss"] = "accuracy_and_agreement"
+    """Mean of next-token accuracy and greedy agreement with the parent, one of the two alone, or loss. Of equals, the lower loss first."""
     top_k: int = Field(3, gt=0)
     """Candidates that are pruned and distilled for a short while."""
 
@@ -189,6 +191,8 @@ class BaselineConfig(Section):
     """The same architecture, trained from random weights."""
     finetune: bool = False
     """The same pruned weights, trained on next tokens without a teacher."""
+    finetune_optimizer: OptimizerConfig | None = None
+    """Optimizer of the fine-tuning, which wants a lower rate than the parent's was. Unset: distill.optimizer."""
     scratch_optimizer: OptimizerConfig | None = None
     """Optimizer of the run from scratch, which bears a higher rate. Unset: distill.optimizer."""
 

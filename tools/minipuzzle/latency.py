@@ -8,9 +8,12 @@ Measuring is in ``timing.py``; here is the arithmetic, which imports no torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.layout.pattern import ATTENTION, MAMBA, MLP
 from tools.minipuzzle.scores import read_json, write_json
 
 
@@ -32,6 +35,10 @@ class LayerTimes:
         """An MLP layer of a width."""
         return self.mlp_base + self.mlp_per_neuron * ffn_hidden_size
 
+    def layer(self, kind: str, ffn_hidden_size: int) -> float:
+        """A layer of a kind and, where it is an MLP layer, a width."""
+        return self.mlp(ffn_hidden_size) if kind == MLP else {ATTENTION: self.attention, MAMBA: self.mamba}[kind]
+
 
 @dataclass(frozen=True)
 class LatencyModel:
@@ -42,6 +49,8 @@ class LatencyModel:
     context_tokens: int
     batch_size: int
     times: tuple[LayerTimes, ...]
+    made_from: dict[str, Any] = field(default_factory=dict)
+    """How they were measured (``inputs.latency_inputs``)."""
 
     def of(self, hidden_size: int, mamba_num_heads: int, mamba_head_dim: int) -> LayerTimes:
         """Return the times at these widths.
@@ -56,6 +65,21 @@ class LatencyModel:
             f"no times were measured at hidden_size={hidden_size}, mamba_num_heads={mamba_num_heads}, mamba_head_dim={mamba_head_dim}; "
             "remove latency.json and search again"
         )
+
+    def covers(self, model: ModelConfig) -> bool:
+        """Whether layers of its widths were measured."""
+        own = (model.hidden_size, model.mamba_num_heads, model.mamba_head_dim)
+        return any((times.hidden_size, times.mamba_num_heads, times.mamba_head_dim) == own for times in self.times)
+
+    def predict(self, model: ModelConfig) -> float:
+        """Return the milliseconds of a decoding step of a whole model.
+
+        Raises:
+            ValueError: its widths were not measured.
+        """
+        times = self.of(model.hidden_size, model.mamba_num_heads, model.mamba_head_dim)
+        ffn = iter(model.ffn_hidden_sizes)
+        return times.fixed + sum(times.layer(kind, next(ffn) if kind == MLP else 0) for kind in model.layer_kinds)
 
 
 def fit_line(points: list[tuple[int, float]]) -> tuple[float, float]:

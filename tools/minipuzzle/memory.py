@@ -9,7 +9,8 @@ bits the 56,324,350,464 parameters of Nemotron-H 56B are 29.51 GiB, the paper's 
     activations   of one layer while the prompt is read in chunks: the residual stream and its norm, and what the widest layer holds
                   between its two linears (projection and result), for every token of a chunk
 
-and every sum is linear in the layers, apart from the widest one, so that a search needs the bytes of one layer of each kind only.
+and every sum is linear in the layers, apart from the widest one of those that there are, so that a search needs the bytes of one layer of
+each kind and width, and the largest activations among them.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class MemoryUse:
         """One line for people.
 
         >>> MemoryUse(weights=3 * GIB, kv_cache=GIB).describe()
-        '4.00 GiB: weights 3.00, kv_cache 1.00, ssm_state 0.00, conv_state 0.00, activations 0.00'
+        '4 GiB: weights 3, kv_cache 1, ssm_state 0, conv_state 0, activations 0'
         """
-        return f"{self.total_gib:.2f} GiB: " + ", ".join(f"{field.name} {getattr(self, field.name) / GIB:.2f}" for field in fields(self))
+        return f"{self.total_gib:.4g} GiB: " + ", ".join(f"{field.name} {getattr(self, field.name) / GIB:.4g}" for field in fields(self))
 
 
 def layer_memory(shape: HybridShape, kind: str, setting: MemoryConfig) -> MemoryUse:
@@ -76,21 +77,39 @@ def layer_memory(shape: HybridShape, kind: str, setting: MemoryConfig) -> Memory
 
 
 def fixed_memory(shape: HybridShape, setting: MemoryConfig) -> MemoryUse:
-    """Return what does not grow with the layers: embedding, final norm and output layer, and the activations of the widest layer."""
+    """Return what does not change with the layers: embedding, final norm and output layer, and the residual stream with its norm."""
     weights = (num_embedding_parameters(shape) + num_head_parameters(shape)) * setting.weight_bits / 8
-    inner = {
-        MAMBA: mamba_projection_size(shape) + shape.mamba_inner_size,
-        ATTENTION: attention_projection_size(shape) + attention_inner_size(shape),
-        MLP: max(shape.ffn_hidden_sizes, default=0),
-    }
-    widest = max((inner[kind] for kind in set(shape.layer_kinds)), default=0)
-    tokens = min(setting.prefill_chunk_tokens, setting.context_tokens) * setting.batch_size
-    return MemoryUse(weights, activations=tokens * (2 * shape.hidden_size + widest) * setting.activation_bits / 8)
+    return MemoryUse(weights, activations=_chunk_memory(2 * shape.hidden_size, setting))
+
+
+def shared_memory(shape: HybridShape, kind: str, ffn_hidden_size: int, setting: MemoryConfig) -> MemoryUse:
+    """Return the activations inside a layer of ``kind``; layers run one after another, so that of all of them the largest counts.
+
+    Args:
+        shape: its widths.
+        kind: of the layer.
+        ffn_hidden_size: width of the layer, where it is an MLP layer.
+        setting: bits, context and batch.
+    """
+    if kind == MLP:
+        width = ffn_hidden_size
+    elif kind == MAMBA:
+        width = mamba_projection_size(shape) + shape.mamba_inner_size
+    else:
+        width = attention_projection_size(shape) + attention_inner_size(shape)
+    return MemoryUse(activations=_chunk_memory(width, setting))
 
 
 def model_memory(shape: HybridShape, setting: MemoryConfig) -> MemoryUse:
     """Return what a whole model takes, under the setting's bits, context and batch."""
-    total = fixed_memory(shape, setting)
+    total, widest_ffn = fixed_memory(shape, setting), max(shape.ffn_hidden_sizes, default=0)
     for layer, kind in enumerate(shape.layer_kinds):
         total += layer_memory(shape.of_layer(layer), kind, setting)
-    return total
+    shared = (shared_memory(shape, kind, widest_ffn, setting) for kind in set(shape.layer_kinds))
+    return total + max(shared, key=lambda use: use.total, default=MemoryUse())
+
+
+def _chunk_memory(values_per_token: int, setting: MemoryConfig) -> float:
+    """Bytes of activations while a chunk of the prompt is read."""
+    tokens = min(setting.prefill_chunk_tokens, setting.context_tokens) * setting.batch_size
+    return tokens * values_per_token * setting.activation_bits / 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -13,8 +13,11 @@ from megatron_hybrid.config import DataConfig, ModelConfig, RunConfig, Validatio
 from megatron_hybrid.config.errors import explain, refuse
 from megatron_hybrid.config.load import load_model, preset_names
 from megatron_hybrid.config.run_directory import CONFIG_NAME, kept_tokenizer
-from tools.minipuzzle.config import MiniPuzzleConfig
+from tools.minipuzzle.config import BatchConfig, MiniPuzzleConfig
 from tools.minipuzzle.scores import checkpoint_digest
+
+if TYPE_CHECKING:
+    from megatron_hybrid.convert.native import NativeSource
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,22 @@ class Parent:
     @cached_property
     def digest(self) -> str:
         """A digest of the weights."""
-        from megatron_hybrid.checkpoint.manifest import Manifest
         from megatron_hybrid.convert.native import NativeSource
 
-        # The source knows which of the checkpoint's tensors are weights.
-        weights, manifest = NativeSource(self.weights).specs, Manifest.read(self.weights)
-        return checkpoint_digest({name: facts.digest for name, facts in manifest.tensors.items() if name in weights})
+        return weights_digest(NativeSource(self.weights))
+
+    @property
+    def batch(self) -> BatchConfig:
+        """How ranks cut their work.
+
+        Raises:
+            ValueError: the compression does not say.
+        """
+        if self.config.batch is None:
+            raise ValueError(
+                "missing option 'batch': every stage but a search without weights runs the model; give batch.global_batch_size"
+            )
+        return self.config.batch
 
     @cached_property
     def run(self) -> RunConfig | None:
@@ -119,17 +132,13 @@ class Parent:
             ValueError: the layout does not divide the model, or options are missing.
         """
         config = self.config
-        if config.batch is None:
-            raise ValueError(
-                "missing option 'batch': every stage but a search without weights runs the model; give batch.global_batch_size"
-            )
         sections = {
             "run_dir": run_dir,
             "seed": config.seed,
             "model": model.model_dump() | {"pattern": model.layer_kinds},
             "parallel": config.parallel.model_dump(),
             "data": self.data.model_dump(),
-            "train": config.batch.model_dump() | {"steps": steps},
+            "train": self.batch.model_dump() | {"steps": steps},
             "validation": self.validation.model_dump(),
             "logging": config.logging.model_dump(),
             "kernels": config.kernels.model_dump(),
@@ -140,6 +149,15 @@ class Parent:
             return RunConfig.model_validate(sections)
         except ValidationError as error:
             raise refuse(f"the options for a run of {model.layer_kinds} in {run_dir}", explain(error, RunConfig)) from None
+
+
+def weights_digest(source: NativeSource) -> str:
+    """Return a digest of a checkpoint's weights, the same in whatever layout they were written."""
+    from megatron_hybrid.checkpoint.manifest import Manifest
+
+    # The source knows which of the checkpoint's tensors are weights.
+    tensors = Manifest.read(source.path).tensors
+    return checkpoint_digest({name: facts.digest for name, facts in tensors.items() if name in source.specs})
 
 
 def find_parent(config: MiniPuzzleConfig) -> Parent:

@@ -24,6 +24,7 @@ from megatron_hybrid.convert.source import Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
 from megatron_hybrid.convert.target import Layout
 from tools.minipuzzle.candidate import Candidate
+from tools.minipuzzle.parent import weights_digest
 from tools.minipuzzle.pruning import Selection, cut_tensor, select_parts
 from tools.minipuzzle.scores import Scores, read_json, write_json
 
@@ -78,7 +79,10 @@ class PrunedSource:
 
 
 def prune(parent: NativeSource, candidate: Candidate, scores: Scores | None, directory: Path, layout: Layout | None = None) -> Path:
-    """Write a candidate's weights as a run directory, and return it; one that is complete already is left as it is.
+    """Write a candidate's weights as a run directory, and return it.
+
+    One that is complete already is left as it is, unless it was cut from other weights or other scores keep other parts of them: then it
+    is made anew.
 
     Args:
         parent: the parent's checkpoint.
@@ -90,13 +94,19 @@ def prune(parent: NativeSource, candidate: Candidate, scores: Scores | None, dir
     Raises:
         ValueError: the widths do not divide by the layout, were not scored, or ``directory`` holds another candidate.
     """
-    choice = {"candidate": candidate.to_json(), "parent": str(parent.path.absolute()), "scores": scores.checkpoint if scores else None}
-    if directory.exists():
-        if read_json(directory / _CHOICE, f"remove {directory} and prune again") != choice:
-            raise ValueError(f"{directory} holds another candidate's weights (see {_CHOICE} in it); remove it and prune again")
-        return directory
-    source = PrunedSource(parent, candidate, select_parts(parent.model, candidate, scores))
+    selection = select_parts(parent.model, candidate, scores)
+    choice = {"candidate": candidate.to_json(), "parent": weights_digest(parent), "kept": selection.digest}
     partial = directory.with_name(directory.name + PARTIAL)
+    if directory.exists():
+        held = read_json(directory / _CHOICE, f"remove {directory} and prune again")
+        if held == choice:
+            return directory
+        if held.get("candidate") != choice["candidate"]:
+            raise ValueError(f"{directory} holds another candidate's weights (see {_CHOICE} in it); remove it and prune again")
+        # What was left unfinished is removed below, so that a crash leaves nothing that looks complete.
+        shutil.rmtree(partial, ignore_errors=True)
+        directory.rename(partial)
+    source = PrunedSource(parent, candidate, selection)
     beside = directory.with_name(directory.name + ".choice.json")
     if partial.exists() and not (beside.is_file() and read_json(beside, "") == choice):
         shutil.rmtree(partial)

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layout.pattern import MAMBA, MLP
 from tools.minipuzzle.candidate import Candidate
-from tools.minipuzzle.scores import Scores
+from tools.minipuzzle.scores import Scores, arrays_digest
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -44,6 +44,13 @@ class Selection:
     """The parent's Mamba layer -> [heads kept], group by group."""
     channels: Mapping[int, np.ndarray]
     """The parent's Mamba layer -> [channels kept], the same for all its heads."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of what is kept."""
+        by_layer = {"neurons": self.neurons, "heads": self.heads, "channels": self.channels}
+        arrays = {f"{name}.{layer}": kept for name, of_layers in by_layer.items() for layer, kept in of_layers.items()}
+        return arrays_digest({"layers": np.array(self.layers), "hidden": self.hidden, **arrays})
 
 
 def select_parts(parent: ModelConfig, candidate: Candidate, scores: Scores | None) -> Selection:

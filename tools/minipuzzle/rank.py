@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,15 +17,18 @@ from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
 from megatron_hybrid.substrate.place import place_from_environment
 from tools.minipuzzle.candidate import Candidate
-from tools.minipuzzle.config import MiniPuzzleConfig, SearchConfig
+from tools.minipuzzle.config import MiniPuzzleConfig
 from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.inputs import Inputs, differences, latency_inputs, require_same, scoring_inputs, search_inputs
 from tools.minipuzzle.latency import load_latency, save_latency
+from tools.minipuzzle.memory import model_memory
 from tools.minipuzzle.parent import Parent, find_parent
 from tools.minipuzzle.scores import SYNTHETIC, Scores, load_scores, read_json, require_same_checkpoint, synthetic_scores, write_json
-from tools.minipuzzle.search import Estimate, ffn_choices, search_grid, width_choices
-from tools.minipuzzle.solver import solve
+from tools.minipuzzle.search import Estimate, damage_of, ffn_choices, search_grid, width_choices
+from tools.minipuzzle.solver import Solution, solve
 
 _SHOWN = 12
+_Measured = TypeVar("_Measured")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Listed:
     latency_ms: float | None = None
     is_exact: bool = False
     """Whether the integer program found it, instead of the grid."""
+    is_proven: bool = True
+    """Of the integer program's: whether nothing better is left, instead of that its time was up."""
     loss: float | None = None
     accuracy: float | None = None
     agreement: float | None = None
@@ -45,9 +50,9 @@ class Listed:
     """Whether it is pruned and distilled."""
 
     @classmethod
-    def of(cls, estimate: Estimate, *, is_exact: bool = False) -> Listed:
+    def of(cls, estimate: Estimate, *, is_exact: bool = False, is_proven: bool = True) -> Listed:
         """From what arithmetic says."""
-        return cls(estimate.candidate, estimate.damage, estimate.memory_gib, estimate.latency_ms, is_exact)
+        return cls(estimate.candidate, estimate.damage, estimate.memory_gib, estimate.latency_ms, is_exact, is_proven)
 
 
 def search(config: MiniPuzzleConfig) -> int:
@@ -60,7 +65,7 @@ def search(config: MiniPuzzleConfig) -> int:
     scores = scores_for(parent, files)
     latency = None
     if config.search.latency.limit_ms is not None:
-        if not files.latency.exists():
+        if not holds_times(files, parent):
             code = run_on_ranks(LatencyEntry(config), parent.timing_run(config.work_dir))
             if code or place_from_environment(os.environ).launcher != "plain":
                 # Ranks that a launcher started meet once; the next start finds the times.
@@ -70,12 +75,14 @@ def search(config: MiniPuzzleConfig) -> int:
     grid = search_grid(parent.model, scores, config.search, latency)
     elapsed_s = time.perf_counter() - start_s
     listed = [Listed.of(estimate) for estimate in grid]
-    exact = solve(parent.model, scores, config.search, latency) if config.search.solver else None
-    if exact is not None:
-        listed.append(Listed.of(exact, is_exact=True))
+    solution = solve(parent.model, scores, config.search, latency) if config.search.solver else None
+    if solution is not None and solution.estimate is not None:
+        listed.append(Listed.of(solution.estimate, is_exact=True, is_proven=solution.is_proven))
     _print_search(config, parent, scores, listed, elapsed_s)
+    if solution is not None:
+        print(describe_solution(solution, grid[0].damage, config.search.solver_time_limit_s), flush=True)
     if parent.checkpoint is None:
-        save_candidates(listed, scores, files, config.search)
+        save_candidates(listed, search_inputs(parent, scores), files)
         return ExitCode.FINISHED
     to_run = [*listed[: config.search.num_evaluated], *(each for each in listed[config.search.num_evaluated :] if each.is_exact)]
     for each in to_run:
@@ -88,37 +95,91 @@ def scores_for(parent: Parent, files: WorkFiles) -> Scores:
     """Return the scores of a parent: from the score stage, or made up for a preset that has none.
 
     Raises:
-        ValueError: there are none, or they are of other weights or another model.
+        ValueError: there are none, or they are of other weights, another model or other options.
     """
     if parent.checkpoint is None and not files.scores.exists():
         return synthetic_scores(parent.model, parent.config.seed)
     scores = load_scores(files.scores)
     if parent.checkpoint is not None:
         require_same_checkpoint(scores, parent.digest, files.scores)
+        require_same(scores.made_from, scoring_inputs(parent), files.scores, "Score again, or go back to what they were made from")
     elif scores.model != parent.model.architecture():
         raise ValueError(f"{files.scores} scores another model than {parent.config.parent}; remove it, or choose another work_dir")
     return scores
 
 
-def save_candidates(listed: list[Listed], scores: Scores, files: WorkFiles, options: SearchConfig) -> None:
+def save_candidates(listed: list[Listed], made_from: Inputs, files: WorkFiles) -> None:
     """Write the stage's file."""
-    lines = [asdict(each) | {"candidate": each.candidate.to_json(), "name": each.candidate.name} for each in listed]
-    write_json(files.candidates, {"scores": scores.checkpoint, "options": options.model_dump(mode="json"), "candidates": lines})
+    lines = [{"name": each.candidate.name} | asdict(each) | {"candidate": each.candidate.to_json()} for each in listed]
+    write_json(files.candidates, {"made_from": made_from, "candidates": lines})
 
 
-def load_candidates(files: WorkFiles, parent: ModelConfig) -> list[Listed]:
+def load_candidates(parent: Parent) -> list[Listed]:
     """Read the stage's file, edited or not.
 
     Raises:
-        ValueError: it is missing, or a candidate in it is not made of the parent's parts.
+        ValueError: it is missing or was made from other scores or options than the present ones, or a line in it is no candidate.
+    """
+    files = WorkFiles(parent.config.work_dir)
+    scores, content = scores_for(parent, files), read_candidates(files)
+    require_same(
+        content.get("made_from", {}), search_inputs(parent, scores), files.candidates, "Search again, or go back to what it was made from"
+    )
+    return [
+        parse_candidate(line, parent, scores, f"{files.candidates}, candidate {number}")
+        for number, line in enumerate(content["candidates"])
+    ]
+
+
+def read_candidates(files: WorkFiles) -> dict[str, Any]:
+    """Return the stage's file as it is: ``candidates``, one mapping each, and ``made_from``.
+
+    Raises:
+        ValueError: it is missing, or something else is in it.
     """
     content = read_json(files.candidates, "run the search stage first")
-    listed = []
+    if not isinstance(content.get("candidates"), list):
+        raise ValueError(f"{files.candidates} must have a list of candidates; search again")
     for number, line in enumerate(content["candidates"]):
-        values: dict[str, Any] = {name: value for name, value in line.items() if name not in ("candidate", "name")}
-        candidate = Candidate.from_json(line["candidate"], parent, f"{files.candidates}, candidate {number}")
-        listed.append(Listed(candidate, **values))
-    return listed
+        if not isinstance(line, dict) or "candidate" not in line:
+            raise ValueError(f"{files.candidates}, candidate {number}: expected a mapping with candidate, and chosen: true if it is pruned")
+    return content
+
+
+def parse_candidate(line: dict[str, Any], parent: Parent, scores: Scores, source: str) -> Listed:
+    """Return a line of the file. One that a person added need not say more than ``candidate``, and ``chosen`` where it is to be pruned.
+
+    Figures belong to the candidate that has the line's name. Where it has another, or none, what arithmetic can say is computed, and
+    what would have to be measured left open.
+
+    Raises:
+        ValueError: it is not made of the parent's parts, or has a key that no line has, or a value of another kind.
+    """
+    known = ["name", *(field.name for field in fields(Listed))]
+    unknown = sorted(set(line) - set(known))
+    if unknown:
+        raise ValueError(f"{source}: unknown key {', '.join(unknown)}; a line may have {', '.join(known)}")
+    candidate = Candidate.from_json(line["candidate"], parent.model, source)
+    chosen = line.get("chosen", False)
+    if not isinstance(chosen, bool):
+        raise ValueError(f"{source}: chosen must be true or false, got {chosen!r}")
+    if line.get("name") != candidate.name:
+        memory_gib = model_memory(candidate.model(parent.model), parent.config.search.memory).total_gib
+        return Listed(candidate, damage_of(scores, candidate), memory_gib, chosen=chosen)
+    marks = {name: line[name] is True for name in ("is_exact", "is_proven") if name in line}
+    figures = {name: value for name, value in line.items() if name not in ("name", "candidate", "chosen", *marks)}
+    wrong = [
+        name for name, value in figures.items() if value is not None and (isinstance(value, bool) or not isinstance(value, int | float))
+    ]
+    missing = [name for name in ("damage", "memory_gib") if figures.get(name) is None]
+    if wrong or missing:
+        raise ValueError(f"{source}: {wrong or missing} must be numbers; give them, or drop the line's name to have them computed")
+    return Listed(candidate, **marks, chosen=chosen, **figures)
+
+
+def holds_times(files: WorkFiles, parent: Parent) -> bool:
+    """Whether there are times of layers, measured on this device and in the setting that is asked for."""
+    return files.latency.exists() and not differences(load_latency(files.latency).made_from, latency_inputs(parent))
 
 
 @dataclass(frozen=True)
@@ -135,7 +196,7 @@ class LatencyEntry:
         widths, ffn = list(width_choices(run.model, search_options)), ffn_choices(run.model, search_options)
         model = measure_latency(run, substrate, search_options.latency, widths, ffn)
         if substrate.rank == 0:
-            save_latency(model, WorkFiles(self.config.work_dir).latency)
+            save_latency(replace(model, made_from=latency_inputs(find_parent(self.config))), WorkFiles(self.config.work_dir).latency)
         return ExitCode.FINISHED
 
 
@@ -155,7 +216,7 @@ class RankEntry:
         ranked = rank_candidates(run, substrate, parent, scores, list(self.to_run))
         if substrate.rank == 0:
             rest = [each for each in self.listed if each.candidate not in {one.candidate for one in ranked}]
-            save_candidates([*ranked, *rest], scores, files, self.config.search)
+            save_candidates([*ranked, *rest], search_inputs(parent, scores), files)
             print(_table(parent.model, ranked[:_SHOWN]), flush=True)
         return ExitCode.FINISHED
 
@@ -189,13 +250,24 @@ def rank_candidates(run: RunConfig, substrate: Substrate, parent: Parent, scores
             child = _cut_child(parent, each.candidate, source, selection, substrate)
             quality = measure_quality(child, batches, batches.num_samples, parent_says=parent_says)
         ranked.append(replace(each, **asdict(quality)))
-    ranked.sort(key=lambda each: -quality_key(each, options.rank_by))
-    return [replace(each, chosen=place < options.top_k) for place, each in enumerate(ranked)]
+    return [replace(each, chosen=place < options.top_k) for place, each in enumerate(best_first(ranked, options.rank_by))]
 
 
 def quality_key(measured: Any, rank_by: str) -> float:
-    """Return what a model is ranked by, higher is better; ``measured`` has loss, accuracy and agreement."""
+    """Return what a model is ranked by, higher is better; ``measured`` has loss, accuracy and agreement.
+
+    >>> from types import SimpleNamespace
+    >>> quality_key(SimpleNamespace(loss=2.0, accuracy=0.5, agreement=0.75), "accuracy_and_agreement")
+    0.625
+    """
+    if rank_by == "accuracy_and_agreement":
+        return (measured.accuracy + measured.agreement) / 2
     return -measured.loss if rank_by == "loss" else getattr(measured, rank_by)
+
+
+def best_first(measured: Iterable[_Measured], rank_by: str) -> list[_Measured]:
+    """Return models by what they are ranked by; of equals, the lower loss first."""
+    return sorted(measured, key=lambda each: (-quality_key(each, rank_by), each.loss))
 
 
 class HeldOut:
@@ -213,6 +285,9 @@ class HeldOut:
         self._run, self._substrate = run, substrate
         self._streams = build_validation_streams(run)
         self.num_samples = -(-num_tokens // (run.data.sequence_length * len(self._streams)))
+        if substrate.rank == 0:
+            for warning in repeated_text(self._streams, self.num_samples):
+                print(warning, file=sys.stderr, flush=True)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         from tools.minipuzzle.forward import read_micro_batches
@@ -220,6 +295,18 @@ class HeldOut:
         for name, stream in self._streams.items():
             for batch in read_micro_batches(stream, self.num_samples, self._run, self._substrate):
                 yield name, batch
+
+
+def repeated_text(streams: Mapping[str, Any], num_samples: int) -> list[str]:
+    """Return a warning for each source (a ``SampleStream``) of which ``num_samples`` samples are more than there are."""
+    return [
+        f"warning: validation source {use.source} is read {use.epochs:.1f} times for its {num_samples * stream.sequence_length:,} of "
+        f"search.num_tokens: it has {stream.sources[0].samples_per_epoch * stream.sequence_length:,}, and reading on tells no more; "
+        "lower search.num_tokens, or give more held-out text"
+        for stream in streams.values()
+        for use in stream.usage(0, num_samples)
+        if use.epochs > 1
+    ]
 
 
 def _cut_child(parent: Parent, candidate: Candidate, source: Any, selection: Any, substrate: Substrate) -> Any:
@@ -251,11 +338,36 @@ def _print_search(config: MiniPuzzleConfig, parent: Parent, scores: Scores, list
     grid, exact = [each for each in listed if not each.is_exact], [each for each in listed if each.is_exact]
     if scores.checkpoint == SYNTHETIC:
         print("no weights, no scores: the importance is made up; counts, patterns and memory are not")
+    print(f"the parent takes {model_memory(parent.model, config.search.memory).describe()}")
     print(f"{len(grid)} candidates of the grid fit, found in {elapsed_s:.1f} s; the least estimated damage first:")
     print(_table(parent.model, [*grid[:_SHOWN], *exact]))
-    if exact and grid[0].damage > 0:
-        print(f"the exact optimum has {1 - exact[0].damage / grid[0].damage:.1%} less estimated damage than the grid's best")
     sys.stdout.flush()
+
+
+def describe_solution(solution: Solution, grid_damage: float, time_limit_s: float) -> str:
+    """What the integer program says beside the grid's best, in one sentence.
+
+    >>> describe_solution(Solution(None, False, 0.1), 0.2, 60.0)
+    'exact solver: no candidate within 60 s (search.solver_time_limit_s), so that nothing is known of the optimum; give it more time'
+    """
+    if solution.estimate is None and solution.is_proven:
+        return "exact solver: no candidate fits the limits"
+    in_time = f"within {time_limit_s:g} s (search.solver_time_limit_s)"
+    if solution.estimate is None:
+        return f"exact solver: no candidate {in_time}, so that nothing is known of the optimum; give it more time"
+    beside = ""
+    if grid_damage > 0:
+        less = 1 - solution.estimate.damage / grid_damage
+        beside = (
+            f" has {less:.1%} less estimated damage than the grid's best" if less >= 0 else f" is {-less:.1%} worse than the grid's best"
+        )
+    if solution.is_proven:
+        return f"the exact optimum{beside}" if beside else "the exact optimum was found"
+    least = max(solution.least_damage, 0.0)
+    return (
+        f"the best of the exact solver {in_time}{beside}; it is not proven to be the optimum, whose damage is at least {least:.4f} "
+        f"(this one: {solution.estimate.damage:.4f})"
+    )
 
 
 def _table(parent: ModelConfig, listed: list[Listed]) -> str:
@@ -263,7 +375,7 @@ def _table(parent: ModelConfig, listed: list[Listed]) -> str:
     head = f"{'':9}{'damage':>9} {'GiB':>8} {'ms':>8}" + (f" {'loss':>8} {'accuracy':>9} {'agrees':>7}" if has_quality else "")
     lines = [head]
     for each in listed:
-        mark = ("exact" if each.is_exact else "grid") + (" *" if each.chosen else "")
+        mark = (("exact" if each.is_proven else "solver") if each.is_exact else "grid") + (" *" if each.chosen else "")
         latency = "" if each.latency_ms is None else f"{each.latency_ms:.3f}"
         line = f"{mark:9}{each.damage:9.4f} {each.memory_gib:8.4f} {latency:>8}"
         if each.loss is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layout.pattern import ATTENTION, KIND_NAMES, MAMBA, MLP
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.parent import Parent
+from tools.minipuzzle.prediction import Prediction, compare_predictions, describe_predictions
 from tools.minipuzzle.rank import Listed, load_candidates, scores_for
-from tools.minipuzzle.results import Result, Results, load_results, summarise
+from tools.minipuzzle.results import Result, ResultKind, Results, current_results, summarise
 from tools.minipuzzle.scores import SYNTHETIC, Scores
 
 _COLORS = {MAMBA: "tab:blue", ATTENTION: "tab:red", MLP: "tab:green"}
@@ -30,14 +31,14 @@ th:first-child, td:first-child { text-align: left } caption, p.note { text-align
 """
 
 
-def write_report(parent: Parent) -> Path:
-    """Draw what there is so far, and return the page's path.
+def write_report(parent: Parent) -> list[str]:
+    """Draw what there is so far; return the findings in sentences, and last the page's path.
 
     Raises:
         ValueError: there are no candidates yet.
     """
     files = WorkFiles(parent.config.work_dir)
-    scores, listed, results = scores_for(parent, files), load_candidates(files, parent.model), load_results(files)
+    scores, listed, results = scores_for(parent, files), load_candidates(parent), current_results(parent)
     pictures = files.work_dir / "report"
     pictures.mkdir(parents=True, exist_ok=True)
     best = [each for each in listed if each.chosen] or listed[:3]
@@ -45,7 +46,10 @@ def write_report(parent: Parent) -> Path:
     body = [f"<h1>{html.escape(parent.config.parent)}</h1>"]
     if scores.checkpoint == SYNTHETIC:
         body.append('<p class="note">No weights, no scores: the importance is made up. Counts, patterns and memory are not.</p>')
-    body += [f"<p><b>{html.escape(sentence)}</b></p>" for sentence in summarise(results)]
+    winner = next((each.candidate for each in listed if each.candidate.name == results.winner), None)
+    predictions = compare_predictions(parent, results, winner)
+    sentences = [*summarise(results), *describe_predictions(predictions, parent.config.search.latency.limit_ms)]
+    body += [f"<p><b>{html.escape(sentence)}</b></p>" for sentence in sentences]
     body += _picture(pictures / "importance.png", "Importance of layers", draw_importance(scores))
     body += _picture(pictures / "candidates.png", "Candidates", draw_candidates(listed, parent.config.search.memory.limit_gib))
     body += _picture(pictures / "layers.png", "What is kept", draw_layers(parent.model, shown))
@@ -54,10 +58,10 @@ def write_report(parent: Parent) -> Path:
         body += _picture(pictures / "loss.png", "Loss on held-out text", draw_losses(results))
         body.append(_model_table(results))
     if results.speeds:
-        body.append(_speed_table(results))
+        body.append(_speed_table(results, predictions))
     page = f'<!doctype html><meta charset="utf-8"><title>MiniPuzzle</title><style>{STYLE}</style>\n' + "\n".join(body) + "\n"
     files.report.write_text(page, encoding="utf-8")
-    return files.report
+    return [*sentences, str(files.report)]
 
 
 def draw_importance(scores: Scores) -> Figure:
@@ -208,8 +212,19 @@ def _model_table(results: Results) -> str:
     return html_table("All models on held-out text", head, rows)
 
 
-def _speed_table(results: Results) -> str:
-    head = ["model", "device", "precision", "context", "batch", "ms per step", "tokens/s", "weights and caches, GiB", "peak, GiB"]
+def _speed_table(results: Results, predictions: Mapping[ResultKind, Prediction]) -> str:
+    head = [
+        "model",
+        "device",
+        "precision",
+        "context",
+        "batch",
+        "ms per step",
+        "ms predicted",
+        "tokens/s",
+        "weights and caches, GiB",
+        "peak, GiB",
+    ]
     rows = [
         [
             {"long": "child"}.get(each.kind, each.kind),
@@ -218,6 +233,7 @@ def _speed_table(results: Results) -> str:
             f"{each.context_tokens:,}",
             str(each.batch_size),
             f"{each.decode_ms:.3f}",
+            f"{predictions[each.kind].predicted_ms:.3f}" if each.kind in predictions else "",
             f"{each.tokens_per_s:,.1f}",
             f"{each.memory_gib:.3f}",
             "" if each.peak_gib is None else f"{each.peak_gib:.3f}",

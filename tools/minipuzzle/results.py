@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_hybrid.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_hybrid.layout.parameters import num_parameters
@@ -13,8 +13,12 @@ from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
 from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.files import WorkFiles
-from tools.minipuzzle.parent import Parent
+from tools.minipuzzle.inputs import differences, evaluation_inputs, timing_inputs
+from tools.minipuzzle.parent import Parent, weights_digest
 from tools.minipuzzle.scores import read_json, write_json
+
+LEAST_COST = 1e-4
+"""Least nats per token that pruning must have cost for a share of it to mean anything: the last digit of the losses that are printed."""
 
 ResultKind = Literal["parent", "pruned", "short", "long", "scratch", "finetune"]
 
@@ -32,6 +36,8 @@ class Result:
     loss: float
     accuracy: float
     agreement: float | None
+    weights: str = ""
+    """Digest of the weights that were measured."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +70,36 @@ class Results:
     winner: str | None = None
     """Name of the candidate that was best after its short distillation."""
     speeds: list[Speed] = field(default_factory=list)
+    measured_from: dict[str, Any] = field(default_factory=dict)
+    """How ``models`` were measured (``inputs.evaluation_inputs``)."""
+    winner_from: dict[str, float] = field(default_factory=dict)
+    """What the winner was chosen by: candidate -> quality after the short distillation, higher is better."""
+    timed_from: dict[str, Any] = field(default_factory=dict)
+    """How ``speeds`` were measured (``inputs.timing_inputs``)."""
 
     def find(self, kind: ResultKind, name: str | None = None) -> Result | None:
         """Return a result, or None where it was not measured."""
         return next((each for each in self.models if each.kind == kind and name in (None, each.name)), None)
 
+    def cost_of_pruning(self) -> float | None:
+        """Return how much more loss the winner had as pruned than its parent; None where one is missing."""
+        parent, pruned = self.find("parent"), self.find("pruned", self.winner)
+        return None if self.winner is None or parent is None or pruned is None else pruned.loss - parent.loss
+
     def recovered(self, kind: ResultKind) -> float | None:
-        """Return the share of the loss that pruning cost and a training of the winner won back; None where a part is missing.
+        """Return the share of the loss that pruning cost and a training of the winner won back.
+
+        None where a part is missing, or where pruning cost nothing measurable (``LEAST_COST``): nothing was there to win back.
 
         >>> results = Results([Result(kind, "", 1, 0, loss, 0.0, None) for kind, loss in (("parent", 2.0), ("pruned", 4.0), ("long", 2.5))])
         >>> results.winner = ""
         >>> results.recovered("long")
         0.75
         """
-        parent, pruned, trained = self.find("parent"), self.find("pruned", self.winner), self.find(kind, self.winner)
-        if self.winner is None or parent is None or pruned is None or trained is None:
+        cost, trained = self.cost_of_pruning(), self.find(kind, self.winner)
+        if cost is None or cost < LEAST_COST or trained is None:
             return None
-        return (pruned.loss - trained.loss) / (pruned.loss - parent.loss)
+        return (self.find("pruned", self.winner).loss - trained.loss) / cost
 
 
 def load_results(files: WorkFiles) -> Results:
@@ -94,9 +113,65 @@ def load_results(files: WorkFiles) -> Results:
     content = read_json(files.results, "remove it and run again")
     try:
         models, speeds = [Result(**each) for each in content["models"]], [Speed(**each) for each in content["speeds"]]
-        return Results(models, content["winner"], speeds)
+        return Results(**content | {"models": models, "speeds": speeds})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{files.results} holds no results ({error}); remove it and run again") from None
+
+
+def current_results(parent: Parent) -> Results:
+    """Return what the file says of weights that are still there, measured as the options ask; the rest is as if it was not measured.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    files = WorkFiles(parent.config.work_dir)
+    results = load_results(files)
+    if results.models and not differences(results.measured_from, evaluation_inputs(parent)):
+        models = [each for each in results.models if each.weights == _weights_of(parent, each.kind, each.name)]
+    else:
+        models = []
+    is_timed = results.winner is not None and not differences(results.timed_from, timing_inputs(parent, results.winner))
+    return replace(results, models=models, speeds=results.speeds if is_timed else [])
+
+
+def _weights_of(parent: Parent, kind: ResultKind, name: str) -> str | None:
+    """Digest of the weights that a model has at present; None where there are none."""
+    from megatron_hybrid.convert.native import NativeSource
+
+    if kind == "parent":
+        return parent.digest
+    files = WorkFiles(parent.config.work_dir)
+    directory = files.pruned(name) if kind == "pruned" else files.run_dir(kind, name)
+    try:
+        return weights_digest(NativeSource(directory))
+    except ValueError:
+        return None
+
+
+def choose_winner(results: Results, quality: dict[str, float]) -> str:
+    """Return the candidate that is trained for long: the best, or the one that the file names as long as it was chosen by these figures.
+
+    Args:
+        results: with the winner so far, which a person may have edited.
+        quality: candidate -> what it is worth after the short distillation, higher is better.
+
+    >>> choose_winner(Results(), {"a": 1.0, "b": 2.0})
+    'b'
+    >>> choose_winner(Results(winner="a", winner_from={"a": 1.0, "b": 2.0}), {"a": 1.0, "b": 2.0})
+    'a'
+    >>> choose_winner(Results(winner="a", winner_from={"a": 3.0, "b": 2.0}), {"a": 1.0, "b": 2.0})
+    'b'
+
+    Raises:
+        ValueError: the file names none of them.
+    """
+    if results.winner is None or results.winner_from != quality:
+        return max(quality, key=quality.__getitem__)
+    if results.winner not in quality:
+        raise ValueError(
+            f"results.json: winner {results.winner} is none of the chosen candidates; name one of {', '.join(quality)}, or null"
+        )
+    return results.winner
 
 
 def save_results(results: Results, files: WorkFiles) -> None:
@@ -114,13 +189,13 @@ class Subject:
     checkpoint: Path
     num_parameters: int
     tokens: int
+    weights: str
 
 
 def measure_results(parent: Parent, subjects: list[Subject]) -> int | None:
-    """Measure the models that are not in ``results.json`` yet, and add them to it; return the exit code, None where none is missing."""
-    files = WorkFiles(parent.config.work_dir)
-    known = {(each.kind, each.name, each.tokens) for each in load_results(files).models}
-    new = tuple(each for each in subjects if (each.kind, each.name, each.tokens) not in known)
+    """Measure the models whose present weights are not in ``results.json``; return the exit code, None where all are."""
+    known = {(each.kind, each.name, each.weights) for each in current_results(parent).models}
+    new = tuple(each for each in subjects if (each.kind, each.name, each.weights) not in known)
     return run_on_ranks(ResultEntry(parent, new), parent.forward_run(parent.config.work_dir)) if new else None
 
 
@@ -147,13 +222,15 @@ class ResultEntry:
         batches = HeldOut(run, substrate, parent.config.search.num_tokens)
         parent_says: Predictions = {}
         quality = measure_quality(stage_of(run, parent.weights), batches, batches.num_samples, keep=parent_says)
-        found = [Result("parent", "", num_parameters(parent.model), 0, **asdict(quality))]
+        found = [Result("parent", "", num_parameters(parent.model), 0, **asdict(quality), weights=parent.digest)]
         for subject in self.subjects:
             its_run = parent.forward_run(parent.config.work_dir, subject.model)
             quality = measure_quality(stage_of(its_run, subject.checkpoint), batches, batches.num_samples, parent_says=parent_says)
-            found.append(Result(subject.kind, subject.name, subject.num_parameters, subject.tokens, **asdict(quality)))
+            result = Result(subject.kind, subject.name, subject.num_parameters, subject.tokens, **asdict(quality), weights=subject.weights)
+            found.append(result)
         if substrate.rank == 0:
-            results = load_results(files)
+            results = current_results(parent)
+            results.measured_from = evaluation_inputs(parent)
             fresh = {(each.kind, each.name) for each in found}
             results.models = [each for each in results.models if (each.kind, each.name) not in fresh] + found
             save_results(results, files)
@@ -161,7 +238,7 @@ class ResultEntry:
         return ExitCode.FINISHED
 
 
-def measure_speed(parent: Parent, child: ModelConfig) -> int:
+def measure_speed(parent: Parent, child: Candidate) -> int:
     """Time parent and child on this device, on one rank, and add the times to ``results.json``; return the exit code."""
     run = parent.timing_run(parent.config.work_dir).model_copy(update={"parallel": ParallelConfig()})
     return run_on_ranks(SpeedEntry(parent, child), run)
@@ -172,20 +249,21 @@ class SpeedEntry:
     """Times decoding on one rank."""
 
     parent: Parent
-    child: ModelConfig
+    child: Candidate
 
     def __call__(self, run: RunConfig, substrate: Substrate) -> ExitCode:
         """Time parent and child in turns."""
         from tools.minipuzzle.timing import time_decoding
 
         config = self.parent.config
-        models = {"parent": run.model, "long": self.child}
+        models = {"parent": run.model, "long": self.child.model(run.model)}
         timed = time_decoding(
             {name: run.model_copy(update={"model": model}) for name, model in models.items()}, substrate, config.search.latency
         )
         files = WorkFiles(config.work_dir)
-        results = load_results(files)
+        results = current_results(self.parent)
         results.speeds = [Speed(kind=kind, **vars(each)) for kind, each in timed.items()]
+        results.timed_from = timing_inputs(self.parent, self.child.name)
         save_results(results, files)
         return ExitCode.FINISHED
 
@@ -208,13 +286,18 @@ def summarise(results: Results) -> list[str]:
     names: dict[ResultKind, str] = {"long": "distilled", "finetune": "fine-tuned without a teacher", "scratch": "trained from scratch"}
     for kind, what in names.items():
         share, result = results.recovered(kind), results.find(kind, results.winner)
-        if share is not None and result is not None:
-            found = (
-                f"{share:.1%} of the loss that pruning cost won back"
-                if share >= 0
-                else f"{-share:.1%} of what pruning cost lost on top of it"
-            )
-            sentences.append(f"{what}: loss {result.loss:.4f}, {found}")
+        if result is None or results.winner is None:
+            continue
+        if share is None:
+            found = "no share of a loss to win back"
+        elif share >= 0:
+            found = f"{share:.1%} of the loss that pruning cost won back"
+        else:
+            found = f"{-share:.1%} of what pruning cost lost on top of it"
+        sentences.append(f"{what}: loss {result.loss:.4f}, {found}")
+    cost = results.cost_of_pruning()
+    if cost is not None and cost < LEAST_COST:
+        sentences.insert(0, costs_nothing(results))
     if len(results.speeds) == 2:
         before, after = results.speeds
         sentences.append(
@@ -225,13 +308,24 @@ def summarise(results: Results) -> list[str]:
     return sentences
 
 
-def to_subject(kind: ResultKind, candidate: Candidate, parent: ModelConfig, run_dir: Path, tokens: int) -> Subject:
-    """Return a candidate's model by the newest checkpoint of its run directory.
+def costs_nothing(results: Results) -> str:
+    """Say of a winner that pruning cost nothing measurable."""
+    parent, pruned = results.find("parent"), results.find("pruned", results.winner)
+    return (
+        f"pruning cost nothing measurable: loss {pruned.loss:.4f} as pruned, {parent.loss:.4f} of the parent; cut deeper, or measure on "
+        "more text (search.num_tokens)"
+    )
+
+
+def to_subject(parent: Parent, kind: ResultKind, candidate: Candidate, run_dir: Path) -> Subject:
+    """Return a candidate's model by the newest checkpoint of its run directory, which says how many tokens it has seen.
 
     Raises:
         ValueError: there is none.
     """
+    from megatron_hybrid.checkpoint.header import read_header
     from megatron_hybrid.convert.native import NativeSource
 
-    model, checkpoint = candidate.model(parent), NativeSource(run_dir).path
-    return Subject(kind, candidate.name, model, checkpoint, num_parameters(model), tokens)
+    model, source = candidate.model(parent.model), NativeSource(run_dir)
+    tokens = read_header(source.path)["state"]["samples"] * parent.data.sequence_length
+    return Subject(kind, candidate.name, model, source.path, num_parameters(model), tokens, weights_digest(source))

@@ -2,8 +2,9 @@
 
     score -> search -> prune the chosen -> distil each for a short while -> distil the best for long, and the baselines -> report
 
-A stage is done when its file is there and was made with the present options; what a person edited in it is kept. ``until`` ends a plan
-after an earlier stage, so that several plans can share a device and leave the timing of decoding, which wants it alone, for later.
+A stage is done when its file is there and was made from the present inputs (``inputs.py``); what a person edited in it is kept, and a
+training that was made from others is refused. ``until`` ends a plan after an earlier stage, so that several plans can share a device and
+leave the timing of decoding, which wants it alone, for later.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.place import place_from_environment
 from tools.minipuzzle.config import MiniPuzzleConfig, Stage
-from tools.minipuzzle.distill import Kind, distill_options, train_candidate, training_run
+from tools.minipuzzle.distill import Kind, check_trainings, planned_kinds, train_candidate, training_run
 from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.inputs import Inputs, differences, scoring_inputs, search_inputs
 from tools.minipuzzle.parent import Parent, find_parent
-from tools.minipuzzle.rank import Listed, load_candidates, quality_key, search
-from tools.minipuzzle.results import load_results, measure_results, measure_speed, save_results, summarise, to_subject
+from tools.minipuzzle.rank import Listed, best_first, load_candidates, quality_key, read_candidates, scores_for, search
+from tools.minipuzzle.results import choose_winner, current_results, measure_results, measure_speed, save_results, to_subject
 from tools.minipuzzle.score import score
-from tools.minipuzzle.scores import load_scores, read_json, require_same_checkpoint
+from tools.minipuzzle.scores import read_json
 
 
 def run(config: MiniPuzzleConfig, until: Stage = "report") -> int:
@@ -37,7 +39,12 @@ def run(config: MiniPuzzleConfig, until: Stage = "report") -> int:
             "ranks), each again until it has nothing left to do"
         )
     parent = find_parent(config)
-    distill_options(parent)
+    # Said first: a preset is asked for nothing else.
+    _ = parent.weights
+    if until in ("distill", "report"):
+        files = WorkFiles(config.work_dir)
+        lines = read_candidates(files)["candidates"] if files.candidates.exists() else []
+        check_trainings(parent, [line["name"] for line in lines if line.get("chosen") and "name" in line])
     return next((code for code in _stages(parent, until) if code), ExitCode.FINISHED)
 
 
@@ -58,6 +65,40 @@ def distill(config: MiniPuzzleConfig) -> int:
     return ExitCode.FINISHED
 
 
+def report(config: MiniPuzzleConfig) -> int:
+    """Run the report stage: time decoding where that is to do, and write the page; return the exit code.
+
+    Raises:
+        ValueError: there are no candidates yet, or something does not fit.
+    """
+    require_no_ranks("report")
+    return next((code for code in _report(find_parent(config)) if code), ExitCode.FINISHED)
+
+
+def prune(config: MiniPuzzleConfig) -> int:
+    """Run the prune stage; return the exit code.
+
+    Raises:
+        ValueError: none is chosen, or something does not fit.
+    """
+    require_no_ranks("prune")
+    prune_chosen(find_parent(config))
+    return ExitCode.FINISHED
+
+
+def require_no_ranks(verb: str) -> None:
+    """Refuse ranks for a stage that one process does: several would write the same files.
+
+    Raises:
+        ValueError: torchrun or srun started this process.
+    """
+    if is_launched():
+        raise ValueError(
+            f"{verb} is the work of one process, and torchrun or srun would have every rank do it; call it without: "
+            f"python -m tools.minipuzzle {verb} CONFIG"
+        )
+
+
 def is_launched() -> bool:
     """Whether torchrun or srun started this process as one of several ranks."""
     return place_from_environment(os.environ).launcher != "plain"
@@ -71,15 +112,14 @@ def prune_chosen(parent: Parent) -> list[Listed]:
     """
     from megatron_hybrid.convert.native import NativeSource
     from megatron_hybrid.convert.target import Layout
-    from tools.minipuzzle.prune import prune
+    from tools.minipuzzle.prune import prune as prune_one
 
     files = WorkFiles(parent.config.work_dir)
     chosen = chosen_candidates(parent)
-    scores = load_scores(files.scores)
-    require_same_checkpoint(scores, parent.digest, files.scores)
+    scores = scores_for(parent, files)
     layout = Layout(parent.config.parallel.tensor, parent.config.parallel.pipeline)
     for each in chosen:
-        prune(NativeSource(parent.weights), each.candidate, scores, files.pruned(each.candidate.name), layout)
+        prune_one(NativeSource(parent.weights), each.candidate, scores, files.pruned(each.candidate.name), layout)
     return chosen
 
 
@@ -90,7 +130,7 @@ def chosen_candidates(parent: Parent) -> list[Listed]:
         ValueError: there are none.
     """
     files = WorkFiles(parent.config.work_dir)
-    chosen = [each for each in load_candidates(files, parent.model) if each.chosen]
+    chosen = [each for each in load_candidates(parent) if each.chosen]
     if not chosen:
         raise ValueError(f"{files.candidates} has no candidate with chosen: true; set it for those that shall be pruned")
     return chosen
@@ -102,14 +142,15 @@ def distill_all(parent: Parent) -> Iterator[int | None]:
     for number, each in enumerate(chosen, start=1):
         yield _train(parent, each, "short", f"short distillation {number} of {len(chosen)}")
     yield _measure(parent, chosen, ["short"])
-    results = load_results(files)
-    shorts = [each for each in results.models if each.kind == "short" and each.name in {one.candidate.name for one in chosen}]
-    results.winner = max(shorts, key=lambda each: quality_key(each, parent.config.search.rank_by)).name
+    results = current_results(parent)
+    rank_by, shorts = parent.config.search.rank_by, [results.find("short", each.candidate.name) for each in chosen]
+    quality = {each.name: quality_key(each, rank_by) for each in best_first(shorts, rank_by)}
+    results.winner = choose_winner(results, quality)
+    results.winner_from = quality
     if place_from_environment(os.environ).rank == 0:
         save_results(results, files)
     winner = next(each for each in chosen if each.candidate.name == results.winner)
-    kinds: list[Kind] = ["long"]
-    kinds += [kind for kind in ("finetune", "scratch") if getattr(parent.config.baselines, kind)]
+    kinds = [kind for kind in planned_kinds(parent) if kind != "short"]
     for kind in kinds:
         yield _train(parent, winner, kind, kind)
     yield _measure(parent, [winner], kinds)
@@ -117,14 +158,11 @@ def distill_all(parent: Parent) -> Iterator[int | None]:
 
 def _stages(parent: Parent, until: Stage) -> Iterator[int | None]:
     config, files = parent.config, WorkFiles(parent.config.work_dir)
-    if not _is_done(files.scores, config.score.model_dump(mode="json")):
-        print("score", flush=True)
+    if _is_to_do("score", files.scores, scoring_inputs(parent)):
         yield score(config)
     if until == "score":
         return
-    is_older = files.candidates.exists() and files.candidates.stat().st_mtime_ns < files.scores.stat().st_mtime_ns
-    if is_older or not _is_done(files.candidates, config.search.model_dump(mode="json")):
-        print("\nsearch", flush=True)
+    if _is_to_do("search", files.candidates, search_inputs(parent, scores_for(parent, files))):
         yield search(config)
     if until == "search":
         return
@@ -136,19 +174,32 @@ def _stages(parent: Parent, until: Stage) -> Iterator[int | None]:
     yield from distill_all(parent)
     if until == "distill":
         return
-    results = load_results(files)
-    wanted = (config.search.latency.context_tokens, config.search.latency.batch_size)
-    if [(each.context_tokens, each.batch_size) for each in results.speeds] != [wanted] * 2:
-        winner = next(each for each in chosen if each.candidate.name == results.winner)
-        yield measure_speed(parent, winner.candidate.model(parent.model))
+    yield from _report(parent)
+
+
+def _report(parent: Parent) -> Iterator[int | None]:
+    """The page; once the winner is trained, decoding of it and of its parent is timed first."""
     from tools.minipuzzle.report import write_report
 
-    page = write_report(parent)
-    print("\n" + "\n".join([*summarise(load_results(files)), str(page)]), flush=True)
+    results = current_results(parent)
+    if results.find("long", results.winner) is not None and not results.speeds:
+        winner = next(each for each in chosen_candidates(parent) if each.candidate.name == results.winner)
+        # A model that does not fit one rank cannot be timed, and has its page all the same.
+        write_report(parent)
+        print("time decoding of parent and child on one rank of this device", flush=True)
+        yield measure_speed(parent, winner.candidate)
+    print("\n" + "\n".join(write_report(parent)), flush=True)
 
 
-def _is_done(file: Path, options: dict) -> bool:
-    return file.exists() and read_json(file, "remove it and run again").get("options") == options
+def _is_to_do(stage: Stage, file: Path, inputs: Inputs) -> bool:
+    """Whether a stage's file is missing or was made from other inputs; says so."""
+    if not file.exists():
+        print(f"\n{stage}", flush=True)
+        return True
+    changed = differences(read_json(file, "remove it and run again").get("made_from", {}), inputs)
+    if changed:
+        print(f"\n{stage} again: {'; '.join(changed)}", flush=True)
+    return bool(changed)
 
 
 def _train(parent: Parent, each: Listed, kind: Kind, title: str) -> int | None:
@@ -166,8 +217,6 @@ def _measure(parent: Parent, listed: list[Listed], kinds: list[Kind]) -> int | N
     """Pruned models, or trainings of them, on held-out text."""
     files, subjects = WorkFiles(parent.config.work_dir), []
     for each in listed:
-        subjects.append(to_subject("pruned", each.candidate, parent.model, files.pruned(each.candidate.name), 0))
-        for kind in kinds:
-            run_of = training_run(parent, each.candidate, kind)
-            subjects.append(to_subject(kind, each.candidate, parent.model, run_of.run_dir, run_of.total_tokens))
+        subjects.append(to_subject(parent, "pruned", each.candidate, files.pruned(each.candidate.name)))
+        subjects += [to_subject(parent, kind, each.candidate, files.run_dir(kind, each.candidate.name)) for kind in kinds]
     return measure_results(parent, subjects)

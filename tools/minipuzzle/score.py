@@ -15,6 +15,7 @@ from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.substrate.launch import run_on_ranks
 from tools.minipuzzle.config import MiniPuzzleConfig
 from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.inputs import scoring_inputs
 from tools.minipuzzle.parent import Parent, find_parent
 from tools.minipuzzle.scores import Scores, check_scores, mean_ranks, save_scores
 
@@ -77,7 +78,7 @@ def measure_scores(run: RunConfig, substrate: Substrate, parent: Parent) -> Scor
         neurons=neurons,
         mamba=mamba,
         hidden=hidden,
-        options=options.model_dump(mode="json"),
+        made_from=scoring_inputs(parent),
     )
     check_scores(scores, str(parent.weights))
     return scores

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,30 +39,37 @@ class Scores:
     """Mamba layer -> [heads, head_dim]: the same of the x part of in_proj's output."""
     hidden: np.ndarray | None = None
     """[hidden_size]: the same of every norm's output, summed over the layers."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """How they were made: the options of the score stage."""
+    made_from: dict[str, Any] = field(default_factory=dict)
+    """How they were made (``inputs.scoring_inputs``)."""
 
     @property
     def kinds(self) -> str:
         """The parent's layers, one character each."""
         return self.model["pattern"]
 
+    @property
+    def digest(self) -> str:
+        """A digest of the scores, which an edit of one changes."""
+        return arrays_digest({"layer_mse": self.layer_mse, "layer_rank": self.layer_rank, **self.vectors()})
+
+    def vectors(self) -> dict[str, np.ndarray]:
+        """The long ones, by the names that they have in ``scores.safetensors``."""
+        vectors = {f"neurons.{layer}": values for layer, values in self.neurons.items()}
+        vectors |= {f"mamba.{layer}": values for layer, values in self.mamba.items()}
+        return vectors if self.hidden is None else vectors | {"hidden": self.hidden}
+
 
 def save_scores(scores: Scores, file: Path) -> None:
     """Write ``file`` and the vectors beside it."""
     from safetensors.numpy import save_file
 
-    vectors = {f"neurons.{layer}": values for layer, values in scores.neurons.items()}
-    vectors |= {f"mamba.{layer}": values for layer, values in scores.mamba.items()}
-    if scores.hidden is not None:
-        vectors["hidden"] = scores.hidden
     layers = [
         {"layer": number, "kind": KIND_NAMES[kind], "mse": float(mse), "mean_rank": float(rank)}
         for number, (kind, mse, rank) in enumerate(zip(scores.kinds, scores.layer_mse, scores.layer_rank, strict=True))
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(values, dtype=np.float64) for name, values in vectors.items()}, vectors_path(file))
-    write_json(file, {"checkpoint": scores.checkpoint, "options": scores.options, "model": scores.model, "layers": layers})
+    save_file({name: np.ascontiguousarray(values, dtype=np.float64) for name, values in scores.vectors().items()}, vectors_path(file))
+    write_json(file, {"checkpoint": scores.checkpoint, "made_from": scores.made_from, "model": scores.model, "layers": layers})
 
 
 def load_scores(file: Path) -> Scores:
@@ -76,20 +84,32 @@ def load_scores(file: Path) -> Scores:
     content = read_json(file, "run the score stage first")
     try:
         vectors = load_file(vectors_path(file))
+        layers = _in_model_order(content["layers"], content["model"]["pattern"])
         scores = Scores(
             checkpoint=content["checkpoint"],
             model=content["model"],
-            layer_mse=np.array([layer["mse"] for layer in content["layers"]], dtype=np.float64),
-            layer_rank=np.array([layer["mean_rank"] for layer in content["layers"]], dtype=np.float64),
+            layer_mse=np.array([layer["mse"] for layer in layers], dtype=np.float64),
+            layer_rank=np.array([layer["mean_rank"] for layer in layers], dtype=np.float64),
             neurons={int(name[8:]): values for name, values in vectors.items() if name.startswith("neurons.")},
             mamba={int(name[6:]): values for name, values in vectors.items() if name.startswith("mamba.")},
             hidden=vectors.get("hidden"),
-            options=content["options"],
+            made_from=content["made_from"],
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} and {vectors_path(file).name} are no scores ({type(error).__name__}: {error}); score anew") from error
     check_scores(scores, str(file))
     return scores
+
+
+def _in_model_order(layers: list[dict[str, Any]], kinds: str) -> list[dict[str, Any]]:
+    """The layers by their numbers, in whatever order a person left them."""
+    ordered = sorted(layers, key=lambda layer: layer["layer"])
+    named = [(layer["layer"], layer["kind"]) for layer in ordered]
+    expected = [(number, KIND_NAMES[kind]) for number, kind in enumerate(kinds)]
+    if named != expected:
+        wrong = sorted(set(named) ^ set(expected))
+        raise ValueError(f"layers must name each of the model's {len(kinds)} layers once, with its kind; look at {wrong or named}")
+    return ordered
 
 
 def check_scores(scores: Scores, source: str) -> None:
@@ -137,6 +157,15 @@ def checkpoint_digest(tensors: dict[str, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return a digest of named arrays, in whatever order they come."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
 def mean_ranks(mse_SL: np.ndarray) -> np.ndarray:
     """Return each layer's place among all, 0 the least important, averaged over samples: [samples, layers] -> [layers]."""
     return np.argsort(np.argsort(mse_SL, axis=1, kind="stable"), axis=1, kind="stable").mean(axis=0)
@@ -164,14 +193,17 @@ def vectors_path(file: Path) -> Path:
     return file.with_suffix(".safetensors")
 
 
-def read_json(file: Path, advice: str) -> Any:
+def read_json(file: Path, advice: str) -> dict[str, Any]:
     """Return a stage's file.
 
     Raises:
-        ValueError: it is missing (the message gives ``advice``) or no JSON.
+        ValueError: it is missing (the message gives ``advice``), or no JSON with a mapping.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("expected a mapping")
+        return content
     except FileNotFoundError:
         raise ValueError(f"{file} is not there; {advice}") from None
     except (OSError, ValueError) as error:

@@ -12,7 +12,8 @@ pruned counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -23,7 +24,7 @@ from megatron_hybrid.layout.pattern import ATTENTION, KIND_NAMES, MAMBA, MLP
 from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.config import SearchConfig
 from tools.minipuzzle.latency import LatencyModel, LayerTimes
-from tools.minipuzzle.memory import GIB, fixed_memory, layer_memory
+from tools.minipuzzle.memory import GIB, fixed_memory, layer_memory, shared_memory
 from tools.minipuzzle.scores import Scores
 
 _KINDS = (ATTENTION, MLP, MAMBA)
@@ -51,22 +52,27 @@ class Widths:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What a candidate costs under one target, linear in its layers: bytes, or milliseconds."""
+    """What a candidate costs under one target, in bytes or milliseconds: a sum over its layers, and the most that one of them holds."""
 
     limit: float | None
     """Most of it."""
     least: float
     """Least of it that is worth looking at."""
     fixed: float
-    attention: float
-    mamba: float
-    mlp: Callable[[int], float]
-    """By width."""
+    layer: Callable[[str, int], float]
+    """Of one more layer, by kind and, for an MLP layer, width."""
+    shared: Callable[[str, int], float]
+    """What layers of a kind and width hold one after another: of all layers of a candidate the largest counts."""
 
-    def of(self, counts: dict[str, np.ndarray], ffn_hidden_size: int) -> np.ndarray:
+    def of_counts(self, counts: dict[str, np.ndarray], ffn_hidden_size: int) -> np.ndarray:
         """Return the cost of grids of layer counts at one width."""
-        layers = counts[ATTENTION] * self.attention + counts[MAMBA] * self.mamba + counts[MLP] * self.mlp(ffn_hidden_size)
-        return self.fixed + layers
+        layers = sum(count * self.layer(kind, ffn_hidden_size) for kind, count in counts.items())
+        shared = [np.where(count > 0, self.shared(kind, ffn_hidden_size), 0.0) for kind, count in counts.items()]
+        return self.fixed + layers + np.max(shared, axis=0)
+
+    def of_layers(self, layers: list[tuple[str, int]]) -> float:
+        """Return the cost of layers, each (kind, width)."""
+        return self.fixed + sum(self.layer(*each) for each in layers) + max((self.shared(*each) for each in layers), default=0.0)
 
 
 def search_grid(parent: ModelConfig, scores: Scores, search: SearchConfig, latency: LatencyModel | None = None) -> list[Estimate]:
@@ -84,15 +90,12 @@ def search_grid(parent: ModelConfig, scores: Scores, search: SearchConfig, laten
     """
     check_grid(parent, scores, search)
     found: list[Estimate] = []
-    smallest: list[float] = []
     for widths in width_choices(parent, search):
         costs = layer_costs(parent, widths, search, latency)
         for ffn in ffn_choices(parent, search):
-            estimates, least = _search_counts(parent, scores, search, widths, ffn, costs)
-            found += estimates
-            smallest.append(least)
+            found += _search_counts(parent, scores, search, widths, ffn, costs)
     if not found:
-        raise ValueError(_nothing_fits(search, min(smallest)))
+        raise ValueError(_nothing_fits(parent, search, latency))
     return sorted(found, key=lambda estimate: (estimate.damage, -estimate.memory_gib, estimate.candidate.layers))
 
 
@@ -152,20 +155,24 @@ def layer_costs(parent: ModelConfig, widths: Widths, search: SearchConfig, laten
     shape = parent.model_copy(update=vars(widths))
     per_neuron = 2 * shape.hidden_size * setting.weight_bits / 8
     whole_mlp = layer_memory(shape, MLP, setting).total
+    others = {kind: layer_memory(shape, kind, setting).total for kind in (ATTENTION, MAMBA)}
     limit = None if setting.limit_gib is None else setting.limit_gib * GIB
+
+    def layer_bytes(kind: str, width: int) -> float:
+        return whole_mlp - per_neuron * (shape.ffn_hidden_size - width) if kind == MLP else others[kind]
+
     costs = {
         "memory": LayerCosts(
             limit=limit,
             least=0.0 if setting.slack_gib is None else limit - setting.slack_gib * GIB,
             fixed=fixed_memory(shape, setting).total,
-            attention=layer_memory(shape, ATTENTION, setting).total,
-            mamba=layer_memory(shape, MAMBA, setting).total,
-            mlp=lambda width: whole_mlp - per_neuron * (shape.ffn_hidden_size - width),
+            layer=layer_bytes,
+            shared=lambda kind, width: shared_memory(shape, kind, width, setting).total,
         )
     }
     if latency is not None:
         times: LayerTimes = latency.of(widths.hidden_size, widths.mamba_num_heads, widths.mamba_head_dim)
-        costs["latency"] = LayerCosts(search.latency.limit_ms, 0.0, times.fixed, times.attention, times.mamba, times.mlp)
+        costs["latency"] = LayerCosts(search.latency.limit_ms, 0.0, times.fixed, times.layer, lambda kind, width: 0.0)
     return costs
 
 
@@ -213,14 +220,30 @@ def damage_of(scores: Scores, candidate: Candidate) -> float:
     )
 
 
-def _search_counts(
-    parent: ModelConfig, scores: Scores, search: SearchConfig, widths: Widths, ffn: int, costs: dict[str, LayerCosts]
-) -> tuple[list[Estimate], float]:
-    """All counts at one choice of widths; and the least memory in bytes that any of them takes."""
+def is_whole(parent: ModelConfig, widths: Widths) -> bool:
+    """Whether these are the parent's own widths, at which all its layers, as wide as they are, make the parent and no candidate."""
+    return vars(widths) == {name: getattr(parent, name) for name in vars(widths)}
+
+
+def _grid_points(
+    parent: ModelConfig, search: SearchConfig, widths: Widths, ffn: int, costs: dict[str, LayerCosts]
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+    """At one choice of widths: layers of each kind, whether that is a candidate (neither empty nor the parent), and what it costs."""
     ranges = [np.arange(first, last + 1) for first, last in (count_range(parent, search, kind) for kind in _KINDS)]
     counts = dict(zip(_KINDS, np.meshgrid(*ranges, indexing="ij"), strict=True))
-    taken = {name: cost.of(counts, ffn) for name, cost in costs.items()}
-    fits = sum(counts.values()) > 0
+    num_layers = sum(counts.values())
+    # Without MLP layers their width says nothing: counted once.
+    is_candidate = (num_layers > 0) & ((counts[MLP] > 0) | (ffn == ffn_choices(parent, search)[0]))
+    if is_whole(parent, widths) and (ffn == parent.ffn_hidden_size or MLP not in parent.layer_kinds):
+        is_candidate &= num_layers < parent.num_layers
+    return counts, is_candidate, {name: cost.of_counts(counts, ffn) for name, cost in costs.items()}
+
+
+def _search_counts(
+    parent: ModelConfig, scores: Scores, search: SearchConfig, widths: Widths, ffn: int, costs: dict[str, LayerCosts]
+) -> list[Estimate]:
+    """All counts at one choice of widths that fit."""
+    counts, fits, taken = _grid_points(parent, search, widths, ffn, costs)
     for name, cost in costs.items():
         if cost.limit is not None:
             fits &= (taken[name] <= cost.limit) & (taken[name] >= cost.least)
@@ -233,7 +256,7 @@ def _search_counts(
         )
         latency_ms = float(taken["latency"][place]) if "latency" in taken else None
         found.append(Estimate(candidate, float(damage[place]), float(taken["memory"][place] / GIB), latency_ms))
-    return found, float(taken["memory"].min())
+    return found
 
 
 def _damage_by_count(scores: Scores, kind: str, ffn: int, widths: Widths) -> np.ndarray:
@@ -250,27 +273,47 @@ def _top_share(energy: np.ndarray, count: int) -> float:
     return float(np.sort(energy)[energy.size - count :].sum() / max(energy.sum(), 1e-300))
 
 
-def _nothing_fits(search: SearchConfig, least_bytes: float) -> str:
-    memory, latency = search.memory, search.latency
-    limits = [
-        f"search.memory.limit_gib={memory.limit_gib}" if memory.limit_gib is not None else "",
-        f"search.latency.limit_ms={latency.limit_ms}" if latency.limit_ms is not None else "",
-    ]
-    asked = " and ".join(filter(None, limits)) or "the grid"
-    if memory.limit_gib is not None and least_bytes > memory.limit_gib * GIB:
+def _nothing_fits(parent: ModelConfig, search: SearchConfig, latency: LatencyModel | None) -> str:
+    """Why the grid is empty under the limits: the smallest and the fastest candidate in it, under each limit and under both."""
+    reached: list[tuple[np.ndarray, np.ndarray]] = []
+    for widths in width_choices(parent, search):
+        costs = layer_costs(parent, widths, search, latency)
+        for ffn in ffn_choices(parent, search):
+            _, is_candidate, taken = _grid_points(parent, search, widths, ffn, costs)
+            nothing = np.zeros_like(taken["memory"])
+            reached.append((taken["memory"][is_candidate] / GIB, taken.get("latency", nothing)[is_candidate]))
+    gib, ms = (np.concatenate(values) for values in zip(*reached, strict=True))
+    if not gib.size:
+        return "the grid is empty: it allows the parent alone, or no layer at all; allow fewer layers or smaller widths"
+    memory, limit_ms = search.memory, search.latency.limit_ms
+    fits_gib = gib <= (math.inf if memory.limit_gib is None else memory.limit_gib)
+    fits_ms = ms <= (math.inf if limit_ms is None else limit_ms)
+    memory_limit, latency_limit = f"search.memory.limit_gib={memory.limit_gib}", f"search.latency.limit_ms={limit_ms}"
+    at_tokens = f"at {memory.context_tokens:,} tokens of context"
+    causes = []
+    if not fits_gib.any():
+        causes.append(f"{memory_limit}: the smallest that the grid reaches takes {_round_up(gib.min())} GiB {at_tokens}")
+    if not fits_ms.any():
+        causes.append(f"{latency_limit}: the fastest that the grid reaches takes {_round_up(ms.min())} ms per step")
+    if causes:
+        return f"nothing fits {', nor '.join(causes)}; raise the limit, or allow fewer layers or smaller widths"
+    if not (fits_gib & fits_ms).any():
         return (
-            f"nothing fits {asked}: the smallest that the grid reaches takes {least_bytes / GIB:.2f} GiB at "
-            f"{memory.context_tokens:,} tokens of context; raise the limit, or allow fewer layers or smaller widths"
+            f"nothing fits {memory_limit} and {latency_limit} at once: the fastest within the memory takes {_round_up(ms[fits_gib].min())} "
+            f"ms per step, the smallest within the time {_round_up(gib[fits_ms].min())} GiB {at_tokens}; raise one of the limits, or "
+            "allow fewer layers or smaller widths"
         )
-    slack = f" within search.memory.slack_gib={memory.slack_gib} of it" if memory.slack_gib is not None else ""
-    return f"nothing in the grid fits {asked}{slack}; widen the grid, the slack or the limits"
+    return (
+        f"nothing in the grid lies within search.memory.slack_gib={memory.slack_gib} of {memory_limit}: the largest that fits takes "
+        f"{gib[fits_gib & fits_ms].max():.4g} GiB; widen the slack or the grid"
+    )
 
 
-def is_subsequence(pattern: Sequence[str], of: Sequence[str]) -> bool:
-    """Whether the items of one come in this order in the other.
+def _round_up(value: float) -> str:
+    """Four significant digits, never less than the value: given as the limit, they suffice.
 
-    >>> is_subsequence("M*-", "M-M*-"), is_subsequence("*M", "M-M*-")
-    (True, False)
+    >>> _round_up(22.93512), _round_up(0.000123411), _round_up(0.5)
+    ('22.94', '0.0001235', '0.5')
     """
-    rest = iter(of)
-    return all(item in rest for item in pattern)
+    digit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return f"{math.ceil(value / digit) * digit:.4g}"

@@ -2,12 +2,15 @@
 
 A binary variable for every layer that is kept, and for an MLP layer one for every width it may have; minimise the damage of ``search``
 under the same limits and counts. Every point of the grid is a solution of this program, so its optimum is never worse than the grid's.
-CBC solves it to proven optimality within a relative gap; widths that all layers share are tried one after another.
+Activations, of which the largest layer's count, are one more variable, at least what each kept layer holds. CBC solves it to proven
+optimality within a relative gap, or stops at a time limit with the best it has; widths that all layers share are tried one after another.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.layout.pattern import ATTENTION, MAMBA, MLP
@@ -24,13 +27,28 @@ from tools.minipuzzle.search import (
     count_range,
     damage_of,
     ffn_choices,
+    is_whole,
     layer_costs,
     pruned_energy,
     width_choices,
 )
 
+if TYPE_CHECKING:
+    import pulp
+
 RELATIVE_GAP = 1e-6
-TIME_LIMIT_S = 60
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the integer programs came to."""
+
+    estimate: Estimate | None
+    """The candidate of least estimated damage that was found; None where there is none."""
+    is_proven: bool
+    """Whether nothing better is left, or, without a candidate, nothing at all; else a program was stopped at its time limit."""
+    least_damage: float
+    """No candidate has less damage: what was found if that is proven, else a bound."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +63,14 @@ class _Choice:
     """Damage that is avoided."""
 
 
-def solve(parent: ModelConfig, scores: Scores, search: SearchConfig, latency: LatencyModel | None = None) -> Estimate | None:
-    """Return the candidate of least estimated damage, or None where no choice fits the limits.
+def solve(parent: ModelConfig, scores: Scores, search: SearchConfig, latency: LatencyModel | None = None) -> Solution:
+    """Return the candidate of least estimated damage.
 
     Args:
-        parent: the model to compress.
+        parent: the model to compress; it is no candidate itself.
         scores: of its parts.
-        search: widths, counts and targets; the slack under the memory limit is not asked for, an optimum fills it by itself.
+        search: widths, counts, targets and the time for each integer program; the slack under the memory limit is not asked for, an
+            optimum fills it by itself.
         latency: measured times; needed with a limit on latency.
 
     Raises:
@@ -61,16 +80,25 @@ def solve(parent: ModelConfig, scores: Scores, search: SearchConfig, latency: La
     solutions = []
     for widths in width_choices(parent, search):
         costs = layer_costs(parent, widths, search, latency)
-        candidate = _solve_widths(parent, scores, search, widths, costs)
+        candidate, is_proven, bound = _solve_widths(parent, scores, search, widths, costs)
+        estimate = None
         if candidate is not None:
-            taken = {name: _cost(cost, candidate, parent) for name, cost in costs.items()}
-            solutions.append(Estimate(candidate, damage_of(scores, candidate), taken["memory"] / GIB, taken.get("latency")))
-    return min(solutions, key=lambda estimate: estimate.damage, default=None)
+            ffn = iter(candidate.ffn_hidden_sizes)
+            layers = [(kind, next(ffn) if kind == MLP else 0) for kind in candidate.pattern(parent)]
+            taken = {name: cost.of_layers(layers) for name, cost in costs.items()}
+            estimate = Estimate(candidate, damage_of(scores, candidate), taken["memory"] / GIB, taken.get("latency"))
+        solutions.append(Solution(estimate, is_proven, estimate.damage if estimate is not None and is_proven else bound))
+    best = min((each.estimate for each in solutions if each.estimate is not None), key=lambda each: each.damage, default=None)
+    least = min(each.least_damage for each in solutions)
+    # A program that was stopped cannot win any more where its bound is no better than what another one found.
+    is_proven = all(each.is_proven or (best is not None and each.least_damage >= best.damage) for each in solutions)
+    return Solution(best, is_proven, best.damage if is_proven and best is not None else least)
 
 
 def _solve_widths(
     parent: ModelConfig, scores: Scores, search: SearchConfig, widths: Widths, costs: dict[str, LayerCosts]
-) -> Candidate | None:
+) -> tuple[Candidate | None, bool, float]:
+    """The best candidate, whether that is proven, and a bound: no candidate has less damage."""
     try:
         import pulp
     except ImportError:
@@ -93,28 +121,39 @@ def _solve_widths(
         program += pulp.lpSum(of_kind) >= first
         program += pulp.lpSum(of_kind) <= last
     program += pulp.lpSum(variables) >= 1
-    for cost in costs.values():
+    if is_whole(parent, widths):
+        whole = [variable for choice, variable in zip(choices, variables, strict=True) if choice.width in (0, parent.ffn_hidden_size)]
+        program += pulp.lpSum(whole) <= parent.num_layers - 1
+    for name, cost in costs.items():
         if cost.limit is not None:
+            shared = program.add_variable(f"shared_{name}", lowBound=0.0)
+            for layer in range(parent.num_layers):
+                program += shared >= pulp.lpSum(
+                    cost.shared(choice.kind, choice.width) / cost.limit * variable
+                    for choice, variable in zip(choices, variables, strict=True)
+                    if choice.layer == layer
+                )
             taken = pulp.lpSum(
-                _layer_cost(cost, choice.kind, choice.width) / cost.limit * variable
-                for choice, variable in zip(choices, variables, strict=True)
+                cost.layer(choice.kind, choice.width) / cost.limit * variable for choice, variable in zip(choices, variables, strict=True)
             )
-            program += taken <= 1.0 - cost.fixed / cost.limit
-    status = program.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=RELATIVE_GAP, timeLimit=TIME_LIMIT_S))
-    if pulp.LpStatus[status] != "Optimal":
-        return None
-    kept = sorted(
-        (choice for choice, variable in zip(choices, variables, strict=True) if variable.value() > 0.5), key=lambda choice: choice.layer
-    )
-    ffn = tuple(choice.width for choice in kept if choice.kind == MLP)
-    return Candidate(tuple(choice.layer for choice in kept), ffn, widths.mamba_num_heads, widths.mamba_head_dim, widths.hidden_size)
+            program += taken + shared <= 1.0 - cost.fixed / cost.limit
+    status = program.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=RELATIVE_GAP, timeLimit=search.solver_time_limit_s))
+    # PuLP's status is "optimal" also where CBC was stopped with a solution in hand; the status of the solution tells.
+    found, is_proven = status == pulp.LpStatusOptimal, program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionInfeasible)
+    candidate = None
+    if found:
+        kept = sorted(
+            (choice for choice, variable in zip(choices, variables, strict=True) if variable.value() > 0.5), key=lambda choice: choice.layer
+        )
+        ffn = tuple(choice.width for choice in kept if choice.kind == MLP)
+        layers = tuple(choice.layer for choice in kept)
+        candidate = Candidate(layers, ffn, widths.mamba_num_heads, widths.mamba_head_dim, widths.hidden_size)
+    return candidate, is_proven, math.inf if is_proven else sum(scores.layer_mse) - _relaxed_gain(program) / scale
 
 
-def _layer_cost(cost: LayerCosts, kind: str, width: int) -> float:
-    return cost.mlp(width) if kind == MLP else {ATTENTION: cost.attention, MAMBA: cost.mamba}[kind]
+def _relaxed_gain(program: pulp.LpProblem) -> float:
+    """The objective's bound: the optimum where layers may be kept in part; infinite where that cannot be had either."""
+    import pulp
 
-
-def _cost(cost: LayerCosts, candidate: Candidate, parent: ModelConfig) -> float:
-    kinds = candidate.pattern(parent)
-    others = sum(_layer_cost(cost, kind, 0) for kind in kinds if kind != MLP)
-    return cost.fixed + others + sum(cost.mlp(width) for width in candidate.ffn_hidden_sizes)
+    program.solve(pulp.PULP_CBC_CMD(msg=False, mip=False))
+    return pulp.value(program.objective) if program.sol_status == pulp.LpSolutionOptimal else math.inf

@@ -76,4 +76,6 @@ def _evaluate(arguments: argparse.Namespace, run: VisionConfig, substrate: Subst
     if shown is not None:
         draw_features(shown, arguments.run_dir / "features.png")
         draw_curves(report, arguments.run_dir / "evaluation.png")
+        print(f"\nfeatures                {arguments.run_dir / 'features.png'}")
+        print(f"curves over resolution  {arguments.run_dir / 'evaluation.png'}")
     return ExitCode.FINISHED

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import ConfigError
 from vision_agglom.commands.arguments import verb_parser
+from vision_agglom.config.schema import check_image_side
 
 if TYPE_CHECKING:
     from megatron_hybrid.substrate.context import Substrate
@@ -35,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("output", type=Path, help="folder to write into; made where it is not there")
     parser.add_argument("--formats", nargs="+", choices=_FORMATS, default=list(_FORMATS), help="what to write (default: everything)")
     parser.add_argument(
-        "--image-side", type=int, help="side in pixels that the files name, and that ONNX is for (default: the last stage's)"
+        "--image-side",
+        type=int,
+        help="side in pixels that the files name, and that ONNX is for (default: the one that evaluate measures at)",
     )
     parser.add_argument("--step", type=int, help="checkpoint after this many steps; the newest sound one otherwise")
     arguments = parser.parse_args(argv)
@@ -47,10 +50,20 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         run = load_run(arguments.run_dir)
+        if arguments.image_side is None:
+            arguments.image_side = run.evaluation_resolution
+        check_image_side(arguments.image_side, "--image-side", run.student)
+        _check_output(arguments.output)
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return run_on_ranks(partial(_export, arguments), run)
+
+
+def _check_output(output: Path) -> None:
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"cannot write into {output}: {existing} is a file; name a folder")
 
 
 def _export(arguments: argparse.Namespace, run: VisionConfig, substrate: Substrate) -> ExitCode:
@@ -58,10 +71,9 @@ def _export(arguments: argparse.Namespace, run: VisionConfig, substrate: Substra
     from vision_agglom.trained import load_trained
 
     trained = load_trained(run, arguments.run_dir, substrate, step=arguments.step)
-    side = arguments.image_side or run.stages[-1].partitions[0].resolutions[0]
-    print(f"{trained.checkpoint}, {side} pixels", flush=True)
+    print(f"{trained.checkpoint}, {arguments.image_side} pixels", flush=True)
     for name in arguments.formats:
-        print(_FORMATS[name](trained, arguments.output, side), flush=True)
+        print(_FORMATS[name](trained, arguments.output, arguments.image_side), flush=True)
     return ExitCode.FINISHED
 
 

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from megatron_hybrid.config.section import Section
 
+TEXT_LIBRARIES = ("transformers", "open_clip")
+"""Libraries whose teachers may have a text tower."""
+
 
 class ZeroShotConfig(Section):
     """Classification by the names of the classes, through a teacher's text tower and the student's head for it."""

@@ -19,7 +19,7 @@ from megatron_hybrid.config.schema import (
     Section,
 )
 from vision_agglom.config.distill import DistilledTeacherConfig, HeadConfig, LossConfig, StatisticsConfig
-from vision_agglom.config.evaluation import EvaluationConfig
+from vision_agglom.config.evaluation import TEXT_LIBRARIES, EvaluationConfig, ZeroShotConfig
 from vision_agglom.config.images import ImagesConfig
 from vision_agglom.config.schedule import PartitionConfig, StageConfig
 from vision_agglom.config.student import StudentConfig
@@ -192,8 +192,24 @@ class VisionConfig(Section):
             raise ValueError("train.teacher_costs must give every teacher's cost, or none")
         for resolution in (*self.evaluation.resolutions, self.evaluation_resolution):
             _check_resolution(resolution, "evaluation", self.student)
+        if self.evaluation.zero_shot is not None:
+            self._check_zero_shot(self.evaluation.zero_shot)
         self._check_layout()
         return self
+
+    def _check_zero_shot(self, options: ZeroShotConfig) -> None:
+        where = f"evaluation.zero_shot.teacher={options.teacher}"
+        learned = [teacher.name for teacher in self.teachers if teacher.summary_loss != "none"]
+        if options.teacher not in learned:
+            raise ValueError(f"{where}: expected one whose summary is learned, of {learned}")
+        teacher = self.teacher(options.teacher)
+        if teacher.library not in TEXT_LIBRARIES:
+            raise ValueError(f"{where}: library={teacher.library} has no text towers; name a teacher of {' or '.join(TEXT_LIBRARIES)}")
+        if not teacher.pretrained and options.text_model is None:
+            raise ValueError(
+                f"{where} has pretrained=false, and a twin comes without a text tower; give evaluation.zero_shot.text_model, or drop "
+                "zero_shot"
+            )
 
     def _check_layout(self) -> None:
         student, tensor = self.student, self.parallel.tensor
@@ -270,15 +286,28 @@ def _check_names(names: tuple[str, ...]) -> None:
                 )
 
 
-def _check_resolution(resolution: int, where: str, student: StudentConfig) -> None:
+def check_image_side(side: int, name: str, student: StudentConfig) -> None:
+    """Refuse images that the student takes at no time.
+
+    Args:
+        side: in pixels.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: the patch does not divide the side, or it exceeds the student's largest.
+    """
     patch = student.patch_size
-    if resolution <= 0 or resolution % patch:
-        lower, upper = resolution // patch * patch, -(-resolution // patch) * patch
+    if side <= 0 or side % patch:
+        lower, upper = side // patch * patch, -(-side // patch) * patch
         choice = f"{lower} or {upper}" if lower > 0 else f"{max(upper, patch)}"
-        raise ValueError(f"{where}.resolutions: {resolution} is no multiple of student.patch_size={patch}; choose {choice}")
-    if resolution > student.max_image_size:
-        raise ValueError(f"{where}.resolutions: {resolution} exceeds student.max_image_size={student.max_image_size}; raise that")
-    side = resolution // patch
+        raise ValueError(f"{name}: {side} is no multiple of student.patch_size={patch}; choose {choice}")
+    if side > student.max_image_size:
+        raise ValueError(f"{name}: {side} exceeds student.max_image_size={student.max_image_size}; raise that or choose a smaller one")
+
+
+def _check_resolution(resolution: int, where: str, student: StudentConfig) -> None:
+    check_image_side(resolution, f"{where}.resolutions", student)
+    side = resolution // student.patch_size
     if student.windows.sizes and not any(side % size == 0 for size in student.windows.sizes):
         raise ValueError(
             f"{where}.resolutions: {resolution} has {side} patches a side, which none of student.windows.sizes="

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from vision_agglom.evaluate.classes import require_classes
+
 
 def knn_predict(
     train_NC: Tensor, classes_N: Tensor, queries_MC: Tensor, *, num_classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 4096
@@ -24,10 +26,11 @@ def knn_predict(
         int64 [M].
 
     Raises:
-        ValueError: there are no training images, or as many classes as images do not fit together.
+        ValueError: there are no training images, not as many classes as images, or a class is out of range.
     """
     if len(train_NC) == 0 or len(train_NC) != len(classes_N):
         raise ValueError(f"kNN needs a class for each training image: {len(train_NC)} images, {len(classes_N)} classes")
+    require_classes(classes_N, num_classes)
     train_NC = normalize(train_NC.float(), dim=1)
     votes_NK = one_hot(classes_N, num_classes).float()
     predictions = []

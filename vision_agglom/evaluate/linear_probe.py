@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from vision_agglom.evaluate.classes import require_classes
+
 
 @dataclass(frozen=True)
 class LinearProbe:
@@ -37,8 +39,9 @@ def fit_linear_probe(
     Raises:
         ValueError: a class index is out of range, or there are no features.
     """
-    if len(features_NC) == 0 or int(classes_N.max()) >= num_classes or int(classes_N.min()) < 0:
-        raise ValueError(f"a linear probe needs features and classes from 0 to {num_classes - 1}, got {len(features_NC)} features")
+    if len(features_NC) == 0:
+        raise ValueError("a linear probe needs features to learn from; there are none")
+    require_classes(classes_N, num_classes)
     features_NC = features_NC.double()
     mean_C, std_C = features_NC.mean(0), features_NC.std(0, correction=0).clamp_min(1e-12)
     inputs_NC = (features_NC - mean_C) / std_C

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from megatron_hybrid.substrate.context import Substrate
 from vision_agglom.config.evaluation import ZeroShotConfig
@@ -20,14 +21,22 @@ from vision_agglom.evaluate.mode_switch import ScaleEquivariance
 from vision_agglom.evaluate.rankme import RankMe
 from vision_agglom.evaluate.segmentation import PatchBatch, evaluate_segmentation, fit_segmentation_probe, mean_iou
 from vision_agglom.evaluate.zero_shot import embed_classes, load_text_tower, zero_shot_predict
-from vision_agglom.images.labelled import LabelledBatch, read_labelled
+from vision_agglom.images.labelled import LabelledBatch, check_labels, read_labelled
 from vision_agglom.images.open_source import open_source
 from vision_agglom.panel import TeacherPanel
 from vision_agglom.plain.radio import PlainRadio, RadioFeatures
 from vision_agglom.tokens import View, match_grids
 
+CONTROL = "(labels)"
+"""What the probes find when their features are the labels themselves: where networks are at chance and this is not, it is not the probes.
+No teacher can be called so."""
+
 SHOWN_IMAGES = 4
 """Images of the picture of features."""
+
+
+Describe = Callable[[LabelledBatch], tuple[Tensor, Tensor, tuple[int, int]]]
+"""From images to a vector [B, C] and patches [B, rows x columns, C] of each, and the patches' (rows, columns)."""
 
 
 @dataclass
@@ -46,7 +55,7 @@ class Report:
     equivariance: dict[int, float] = field(default_factory=dict)
     """Side -> scale-equivariance error of the student's patches against ``resolution`` (formula: evaluate/mode_switch.py)."""
     probes: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Network -> kNN and linear accuracy, mIoU."""
+    """Network -> kNN and linear accuracy, mIoU; and of ``CONTROL``."""
     zero_shot: dict[str, float] = field(default_factory=dict)
     """Network -> accuracy by the names of the classes."""
 
@@ -76,20 +85,22 @@ class Evaluation:
         substrate: one rank.
 
     Raises:
-        ValueError: zero_shot names no teacher whose summary the student learns, or a teacher takes no images of a side asked for.
+        ValueError: a teacher takes no images of a side asked for, labels are not what probes need, or a text tower cannot be loaded: all
+            that can be told before features are computed.
     """
 
     def __init__(self, run: VisionConfig, radio: PlainRadio, step: int, teachers: Mapping[str, Teacher], substrate: Substrate) -> None:
         self.run, self.radio, self.step, self.substrate = run, radio, step, substrate
-        options = run.evaluation.zero_shot
-        learned = [teacher.name for teacher in run.teachers if teacher.summary_loss != "none"]
-        if options is not None and options.teacher not in learned:
-            raise ValueError(f"evaluation.zero_shot.teacher={options.teacher}: expected one whose summary is learned, of {learned}")
         facts = {name: teacher.facts for name, teacher in teachers.items()}
         self.panel = TeacherPanel(run.teachers, facts, teachers, substrate, None, torch.float32)
         for side in run.evaluation_resolutions if run.evaluation.images is not None else (run.evaluation_resolution,):
             for name in run.teacher_names:
                 self.panel.showing(name, side // run.student.patch_size)
+        for path in (run.evaluation.labelled_train, run.evaluation.labelled_test):
+            if path is not None:
+                check_labels(open_source(path), path, num_classes=run.evaluation.num_classes, resolution=run.evaluation_resolution)
+        options = run.evaluation.zero_shot
+        self.classes_KC = None if options is None else self._embed_classes(options)
 
     def report(self) -> Report:
         """Run every measure that the configuration has images for."""
@@ -99,8 +110,8 @@ class Evaluation:
             self._follow_resolutions(report)
         if self.run.evaluation.labelled_train is not None:
             self._probe(report)
-        if self.run.evaluation.zero_shot is not None:
-            self._classify_by_name(report, self.run.evaluation.zero_shot)
+        if self.run.evaluation.zero_shot is not None and self.classes_KC is not None:
+            self._classify_by_name(report, self.run.evaluation.zero_shot, self.classes_KC)
         return report
 
     @torch.no_grad()
@@ -153,16 +164,14 @@ class Evaluation:
         report.equivariance = equivariance.errors()
 
     def _probe(self, report: Report) -> None:
-        report.probes["student"] = self._probe_one(lambda images: self._summary_and_patches(images))
+        report.probes["student"] = self._probe_one(lambda batch: self._summary_and_patches(self._placed(batch)))
         for teacher in self.run.teachers:
             if teacher.view != "mosaic":
-                report.probes[teacher.name] = self._probe_one(lambda images, name=teacher.name: self._one_teacher(name, images))
+                report.probes[teacher.name] = self._probe_one(lambda batch, name=teacher.name: self._one_teacher(name, self._placed(batch)))
+        report.probes[CONTROL] = self._probe_one(self._labels_as_features)
 
     @torch.no_grad()
-    def _classify_by_name(self, report: Report, options: ZeroShotConfig) -> None:
-        teacher = self.run.teacher(options.teacher)
-        tower = load_text_tower(teacher.library, options.text_model or teacher.model, self.substrate.device, teacher.weights)
-        classes_KC = embed_classes(tower, options.class_names)
+    def _classify_by_name(self, report: Report, options: ZeroShotConfig, classes_KC: Tensor) -> None:
         right, total = {"student": 0, options.teacher: 0}, 0
         for batch in read_labelled(
             open_source(str(self.run.evaluation.labelled_test)), resolution=report.resolution, batch_size=self.run.evaluation.batch_size
@@ -177,7 +186,16 @@ class Evaluation:
                 right[name] += int((zero_shot_predict(summary_BC, classes_KC).cpu() == batch.classes_B).sum())
         report.zero_shot = {name: count / total for name, count in right.items()}
 
-    def _probe_one(self, describe: Any) -> dict[str, float]:
+    def _embed_classes(self, options: ZeroShotConfig) -> Tensor:
+        """One vector per class, [classes, C], from the teacher's text tower, which is not kept."""
+        teacher = self.run.teacher(options.teacher)
+        try:
+            tower = load_text_tower(teacher.library, options.text_model or teacher.model, self.substrate.device, teacher.weights)
+        except ValueError as error:
+            raise ValueError(f"evaluation.zero_shot.teacher={teacher.name}: {error}") from error
+        return embed_classes(tower, options.class_names)
+
+    def _probe_one(self, describe: Describe) -> dict[str, float]:
         """kNN and linear accuracy of the summaries (of averaged patches where there is none), mIoU of the patches."""
         options = self.run.evaluation
         train, test = (list(self._labelled(str(path), describe)) for path in (options.labelled_train, options.labelled_test))
@@ -195,11 +213,11 @@ class Evaluation:
         }
 
     @torch.no_grad()
-    def _labelled(self, path: str, describe: Any) -> Iterator[tuple[Tensor, Tensor, PatchBatch]]:
+    def _labelled(self, path: str, describe: Describe) -> Iterator[tuple[Tensor, Tensor, PatchBatch]]:
         side = self.run.evaluation_resolution
         for batch in read_labelled(open_source(path), resolution=side, batch_size=self.run.evaluation.batch_size):
-            _require_labels(batch, path)
-            vectors_BC, patches_BTC, grid = describe(batch.images_BCHW.to(self.substrate.device))
+            assert batch.classes_B is not None and batch.masks_BHW is not None
+            vectors_BC, patches_BTC, grid = describe(batch)
             yield vectors_BC.float().cpu(), batch.classes_B, PatchBatch(patches_BTC.float().cpu(), grid, batch.masks_BHW)
 
     def _summary_and_patches(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -210,6 +228,16 @@ class Evaluation:
         features = self.panel.describe({name: images_BCHW}, self._side(images_BCHW))[name]
         vectors_BC = features.spatial_BTC.mean(1) if features.summary_BC is None else features.summary_BC
         return vectors_BC, features.spatial_BTC, features.grid
+
+    def _labels_as_features(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Share of each class in every patch of the student's grid, and in the whole image."""
+        assert batch.masks_BHW is not None
+        is_class_BKHW = torch.stack([batch.masks_BHW == index for index in range(self.run.evaluation.num_classes)], 1)
+        shares_BKhw = avg_pool2d(is_class_BKHW.float(), self.run.student.patch_size)
+        return shares_BKhw.mean((2, 3)), shares_BKhw.flatten(2).mT, (shares_BKhw.shape[2], shares_BKhw.shape[3])
+
+    def _placed(self, batch: LabelledBatch) -> Tensor:
+        return batch.images_BCHW.to(self.substrate.device)
 
     def _images(self, side: int) -> Iterator[Tensor]:
         options = self.run.evaluation
@@ -263,9 +291,3 @@ def format_report(report: Report) -> str:
         lines += ["", f"{'zero-shot':<12} {'accuracy':>9}"]
         lines += [f"{name:<12} {share:>9.3f}" for name, share in report.zero_shot.items()]
     return "\n".join(lines)
-
-
-def _require_labels(batch: LabelledBatch, path: str) -> None:
-    if batch.classes_B is None or batch.masks_BHW is None:
-        missing = "classes (.cls)" if batch.classes_B is None else "masks (.mask.png)"
-        raise ValueError(f"{path} has no {missing}; probes need classes and masks of every image")

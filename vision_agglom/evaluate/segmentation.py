@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from vision_agglom.evaluate.classes import require_classes
+
 IGNORED = 255
 """Pixels of a mask that count for nothing."""
 
@@ -24,8 +26,14 @@ class PatchBatch:
 
 
 def confusion(predicted: Tensor, actual: Tensor, num_classes: int) -> Tensor:
-    """Count pixels: int64 [classes, classes], rows the actual class, columns the predicted one; ignored pixels are left out."""
+    """Count pixels: int64 [classes, classes], rows the actual class, columns the predicted one; ignored pixels are left out.
+
+    Raises:
+        ValueError: a class is out of range.
+    """
     counted = actual != IGNORED
+    for classes in (actual[counted], predicted[counted]):
+        require_classes(classes, num_classes)
     pairs = actual[counted].long() * num_classes + predicted[counted].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -70,10 +78,11 @@ def fit_segmentation_probe(
         batches: gives the training batches from the beginning each time it is called.
 
     Raises:
-        ValueError: it gives none.
+        ValueError: it gives none, or a mask has a class out of range.
     """
     count, total, squares, num_batches = 0, torch.zeros(()), torch.zeros(()), 0
     for batch in batches():
+        require_classes(batch.masks_BHW[batch.masks_BHW != IGNORED], num_classes)
         rows_NC = batch.spatial_BTC.flatten(0, 1).double()
         count, num_batches = count + len(rows_NC), num_batches + 1
         total, squares = total.to(rows_NC.device) + rows_NC.sum(0), squares.to(rows_NC.device) + rows_NC.square().sum(0)

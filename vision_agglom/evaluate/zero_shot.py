@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vision_agglom.config.evaluation import TEXT_LIBRARIES
+
 TextTower = Callable[[list[str]], Tensor]
 """From texts to embeddings [texts, C] in the space of a teacher's summary."""
 
@@ -30,13 +32,14 @@ def load_text_tower(library: str, model: str, device: torch.device | str, weight
     """Load the text half of a CLIP or SigLIP: transformers (hub name or folder) or open_clip (name and ``weights``).
 
     Raises:
-        ValueError: the library has no text towers.
+        ValueError: the library has no text towers, or cannot load this one.
     """
-    if library == "transformers":
-        return _transformers_tower(model, device)
-    if library == "open_clip":
-        return _open_clip_tower(model, weights, device)
-    raise ValueError(f"library={library} has no text towers; zero-shot needs a teacher from transformers or open_clip")
+    if library not in TEXT_LIBRARIES:
+        raise ValueError(f"library={library} has no text towers; zero-shot needs a teacher from transformers or open_clip")
+    try:
+        return _transformers_tower(model, device) if library == "transformers" else _open_clip_tower(model, weights, device)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(f"{library} cannot load the text tower {model!r} (evaluation.zero_shot.text_model): {error}") from error
 
 
 def _transformers_tower(model: str, device: torch.device | str) -> TextTower:

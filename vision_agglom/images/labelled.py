@@ -49,6 +49,32 @@ def read_labelled(
         )
 
 
+def check_labels(source: ImageSource, path: str, *, num_classes: int, resolution: int) -> None:
+    """Look at every class and mask, and at no image, so that what probes cannot use is refused before any feature is computed.
+
+    Args:
+        path: what the collection is called in messages.
+        num_classes: classes there are.
+        resolution: side in pixels at which masks will be read.
+
+    Raises:
+        ValueError: an image has no class or no mask, or one beyond ``num_classes``; the message names it.
+        DamagedImage: a mask cannot be decoded.
+    """
+    for number in range(len(source)):
+        record = source.read(number)
+        if record.class_index is None or record.mask is None:
+            missing = "class (.cls)" if record.class_index is None else "mask (.mask.png)"
+            raise ValueError(f"{record.name} of {path} has no {missing}; probes need classes and masks of every image")
+        mask_HW = decode_mask(record.mask, frame_whole, resolution, NO_CLASS)
+        for what, highest in (("class", record.class_index), ("mask", int(mask_HW.max(where=mask_HW != NO_CLASS, initial=0)))):
+            if not 0 <= highest < num_classes:
+                raise ValueError(
+                    f"{record.name} of {path}: its {what} has class {highest}, but evaluation.num_classes={num_classes} has those from 0 "
+                    f"to {num_classes - 1}; give evaluation.num_classes as many as there are"
+                )
+
+
 def _classes(records: list[Record]) -> Tensor | None:
     _require_alike(records, [record.class_index is not None for record in records], "class")
     return None if records[0].class_index is None else torch.tensor([record.class_index for record in records], dtype=torch.int64)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any
@@ -96,7 +99,8 @@ class ImageStream:
     def __next__(self) -> ImageBatch:
         """Return the next micro-batch."""
         if self._batches is None:
-            self._batches = iter(self._loader)
+            with _starting_processes():
+                self._batches = iter(self._loader)
         pixels_BCHW, indices_B, resolution, damaged = next(self._batches)
         self.position += self._per_round
         for problem in damaged:
@@ -135,6 +139,18 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([SampleReader.__module__])
     return context
+
+
+@contextmanager
+def _starting_processes() -> Iterator[None]:
+    """What starts meanwhile never hears of Ctrl-C, which a terminal sends to all processes: this one ends them, without tracebacks."""
+    # multiprocessing's helper takes the block off again when it starts.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _as_it_is(answer: Any) -> Any:

@@ -20,7 +20,7 @@ class ConsoleLog(Callback):
         self.every_steps, self.unit = run.logging.every_steps, unit
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step % self.every_steps == 0 or record.step == record.total_steps:
+        if record.warm_up is not None or record.step % self.every_steps == 0 or record.step == record.total_steps:
             print(format_record(record, self.unit), flush=True)
 
     def after_validation(self, trainer: Trainer, losses: dict[str, float]) -> None:
@@ -40,12 +40,16 @@ class ConsoleLog(Callback):
 
 
 def format_record(record: StepRecord, unit: str = "tok") -> str:
-    """The line of one step; every field has a fixed width, so that lines align."""
+    """The line of one step; every field has a fixed width, so that lines align. A step of the warm-up has its time instead of rates."""
     fields = [
         f"{f'step {record.step}/{record.total_steps}':>{_step_width(record.total_steps)}}",
         *(f"{name} {value:8.4f}" for name, value in record.metrics.items()),
         f"grad {record.grad_norm:8.3f}",
         f"lr {record.learning_rate:.2e}",
+    ]
+    if record.warm_up is not None:
+        return "  ".join([*fields, f"warm-up: {record.step_s:.1f} s ({record.warm_up})"])
+    fields += [
         f"{_scaled(record.tokens_per_s):>6} {unit}/s",
         f"{record.tflops_per_rank:7.3f} TFLOP/s" + ("" if record.mfu is None else f" ({record.mfu:5.1%})"),
         f"{record.memory_gib:6.2f} GiB",

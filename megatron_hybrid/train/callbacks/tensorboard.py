@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.substrate.exit_codes import ExitCode
@@ -39,6 +40,10 @@ class TensorBoardLog(Callback):
         for source, loss in losses.items():
             self.writer.add_scalar(f"validation/{source}", loss, trainer.state.step)
 
+    def on_report(self, trainer: Trainer, kind: str, values: dict[str, Any]) -> None:
+        for name, value in report_scalars(kind, values).items():
+            self.writer.add_scalar(name, value, trainer.state.step)
+
     def on_end(self, trainer: Trainer, exit_code: ExitCode) -> None:
         self.writer.close()
 
@@ -49,8 +54,20 @@ def scalars(record: StepRecord) -> dict[str, float]:
     values |= {
         "train/grad_norm": record.grad_norm,
         "train/learning_rate": record.learning_rate,
-        "speed/tokens_per_s": record.tokens_per_s,
-        "speed/tflops_per_rank": record.tflops_per_rank,
         "speed/memory_gib": record.memory_gib,
     }
-    return values if record.mfu is None else {**values, "speed/mfu": record.mfu}
+    rates = {"speed/tokens_per_s": record.tokens_per_s, "speed/tflops_per_rank": record.tflops_per_rank, "speed/mfu": record.mfu}
+    return values | {name: rate for name, rate in rates.items() if rate is not None}
+
+
+def report_scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """A report's numbers under their paths in metrics.jsonl, joined by /; NaN for what has no finite value.
+
+    >>> report_scalars("fp8", {"linears": {"layers.0.out_proj": {"input": {"amax": 2.5, "scale": None}}}})
+    {'fp8/linears/layers.0.out_proj/input/amax': 2.5, 'fp8/linears/layers.0.out_proj/input/scale': nan}
+    """
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        path = f"{kind}/{name}"
+        flat |= report_scalars(path, value) if isinstance(value, dict) else {path: math.nan if value is None else value}
+    return flat

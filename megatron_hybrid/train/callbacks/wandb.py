@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.substrate.exit_codes import ExitCode
 from megatron_hybrid.train.callback import Callback
-from megatron_hybrid.train.callbacks.tensorboard import scalars
+from megatron_hybrid.train.callbacks.tensorboard import report_scalars, scalars
 from megatron_hybrid.train.progress import StepRecord
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class WandbLog(Callback):
 
     def after_validation(self, trainer: Trainer, losses: dict[str, float]) -> None:
         self.run.log({f"validation/{source}": loss for source, loss in losses.items()}, step=trainer.state.step)
+
+    def on_report(self, trainer: Trainer, kind: str, values: dict[str, Any]) -> None:
+        self.run.log(report_scalars(kind, values), step=trainer.state.step)
 
     def on_end(self, trainer: Trainer, exit_code: ExitCode) -> None:
         self.run.finish()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 from tests.runs import small_run, write_corpus
 from tests.train.training import train
 from tools.minipuzzle.config import MiniPuzzleConfig
+from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.results import load_results
+from tools.minipuzzle.run import report, run
 
 PATTERN = "M-M*-M-*"
 
@@ -42,3 +47,44 @@ def compression(folder: Path, **sections: Any) -> MiniPuzzleConfig:
         "runtime": {"timeout_s": 60, "threads_per_rank": 1},
     }
     return MiniPuzzleConfig(**options | sections)
+
+
+def whole_plan(folder: Path, **sections: Any) -> MiniPuzzleConfig:
+    """That compression with both baselines and a loss between layers: what the fixture ``work`` is made from."""
+    distill = {
+        "short_tokens": 640,
+        "long_tokens": 1280,
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"kind": "constant"},
+        "layer_loss": {"kind": "mse", "weight": 0.1},
+    }
+    distill |= sections.pop("distill", {})
+    return compression(folder, baselines={"scratch": True, "finetune": True}, distill=distill, **sections)
+
+
+def last_stage(config: MiniPuzzleConfig) -> str:
+    """The last stage whose file is there."""
+    files = WorkFiles(config.work_dir)
+    if files.report.exists():
+        return "report"
+    if (config.work_dir / "scratch").exists():
+        return "distill"
+    pruned = (config.work_dir / "pruned").exists()
+    return "prune" if pruned else "search" if files.candidates.exists() else "score" if files.scores.exists() else ""
+
+
+def run_plan(folder: Path) -> tuple[int, float]:
+    """All stages, then again; runs on one rank. Returns the exit code and the time of the second start relative to the first."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    config = whole_plan(folder)
+    start_s = time.perf_counter()
+    for until in ("score", "search", "prune", "distill"):
+        assert run(config, until) == 0
+        assert last_stage(config) == until
+    # By itself, the report times decoding too.
+    code = report(config)
+    assert len(load_results(WorkFiles(config.work_dir)).speeds) == 2
+    first_s = time.perf_counter() - start_s
+    start_s = time.perf_counter()
+    return max(code, run(config)), (time.perf_counter() - start_s) / first_s

@@ -21,7 +21,7 @@ from megatron_hybrid.substrate.transformer_config import build_transformer_confi
 from megatron_hybrid.tasks.frozen import load_frozen_chunks
 from tests.tools.minipuzzle.small import PATTERN, compression
 from tools.minipuzzle.candidate import Candidate
-from tools.minipuzzle.parent import Parent, find_parent
+from tools.minipuzzle.parent import Parent, find_parent, weights_digest
 from tools.minipuzzle.prune import PrunedSource, prune
 from tools.minipuzzle.pruning import Selection, cut_tensor, keep_heads, select_parts
 from tools.minipuzzle.scores import synthetic_scores
@@ -213,6 +213,20 @@ def test_an_interrupted_prune_of_another_candidate_is_begun_anew(parent: NativeS
     other = dataclasses.replace(whole(parent.model), layers=LAYERS[:-1])
     with pytest.raises(ValueError, match="holds another candidate's weights"):
         prune(parent, other, None, directory)
+
+
+def test_other_scores_keep_other_parts(parent: NativeSource, tmp_path: Path) -> None:
+    candidate, directory = dataclasses.replace(whole(parent.model), ffn_hidden_sizes=(48,) * 3), tmp_path / "child"
+    scores = synthetic_scores(parent.model, 1)
+    before = weights_digest(NativeSource(prune(parent, candidate, scores, directory)))
+    stamp = (directory / "config.yaml").stat().st_mtime_ns
+    louder = dataclasses.replace(scores, neurons={layer: 2.0 * values for layer, values in scores.neurons.items()})
+    prune(parent, candidate, louder, directory)
+    assert (directory / "config.yaml").stat().st_mtime_ns == stamp, "the same neurons are kept: nothing to do"
+    reverse = dataclasses.replace(scores, neurons={layer: -values for layer, values in scores.neurons.items()})
+    prune(parent, candidate, reverse, directory)
+    assert weights_digest(NativeSource(directory)) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["child"]
 
 
 def test_what_cannot_be_pruned(parent: NativeSource, tmp_path: Path) -> None:

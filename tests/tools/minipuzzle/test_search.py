@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pulp
 import pytest
 
 from megatron_hybrid.config import ModelConfig
@@ -15,8 +18,9 @@ from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.config import MemoryConfig, SearchConfig, load_minipuzzle
 from tools.minipuzzle.latency import LatencyModel, LayerTimes
 from tools.minipuzzle.memory import GIB, MemoryUse, model_memory
+from tools.minipuzzle.rank import describe_solution
 from tools.minipuzzle.scores import mean_ranks, synthetic_scores
-from tools.minipuzzle.search import damage_of, is_subsequence, kept_layers, search_grid
+from tools.minipuzzle.search import Estimate, damage_of, kept_layers, search_grid
 from tools.minipuzzle.solver import solve
 
 PAPER = Path(__file__).parents[3] / "examples/minipuzzle/nemotron_h_56b.yaml"
@@ -38,6 +42,12 @@ FP4 = MemoryConfig(weight_bits=4.5, kv_bits=4.5, context_tokens=2**20)
 
 def preset(name: str) -> ModelConfig:
     return load_model(name)[0]
+
+
+def is_subsequence(pattern: Sequence[str], of: Sequence[str]) -> bool:
+    """Whether the items of one come in this order in the other."""
+    rest = iter(of)
+    return all(item in rest for item in pattern)
 
 
 def test_memory_is_the_papers() -> None:
@@ -103,8 +113,8 @@ def all_choices(width_sets) -> list[Candidate]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_grid_and_solver_equal_brute_force(seed: int) -> None:
-    # A small context keeps activations, which the solver takes as the parent's, from mattering.
-    search = small_search(memory={"limit_gib": 75_000 / GIB, "weight_bits": 16, "context_tokens": 16, "prefill_chunk_tokens": 1})
+    # Activations are about a third of it, and depend on which kinds and widths are kept.
+    search = small_search(memory={"limit_gib": 110_000 / GIB, "weight_bits": 16, "context_tokens": 64})
     scores = synthetic_scores(SMALL, seed)
     scores.layer_rank[:] = mean_ranks(scores.layer_mse[None])
     grid = search_grid(SMALL, scores, search)
@@ -121,10 +131,36 @@ def test_grid_and_solver_equal_brute_force(seed: int) -> None:
         for each in all_choices(lambda n: list(itertools.product((32, 48, 64), repeat=n)))
         if memory_gib(each, search) <= search.memory.limit_gib
     ]
-    solved = solve(SMALL, scores, search)
+    solution = solve(SMALL, scores, search)
+    solved = solution.estimate
+    assert solution.is_proven and solution.least_damage == solved.damage
     assert solved.damage == pytest.approx(min(damage_of(scores, each) for each in free), rel=1e-5)
     assert solved.damage <= grid[0].damage * (1 + 1e-9)
-    assert memory_gib(solved.candidate, search) <= search.memory.limit_gib
+    assert solved.memory_gib == pytest.approx(memory_gib(solved.candidate, search)) and solved.memory_gib <= search.memory.limit_gib
+
+
+def test_estimated_memory_is_the_candidates_own() -> None:
+    """Activations are those of the widest layer that a candidate keeps, not of the parent's."""
+    wide = SMALL.model_copy(update={"ffn_hidden_size": 4096})
+    search = SearchConfig(ffn_hidden_sizes=(64, 4096), hidden_sizes=(16, 32), mamba_num_heads=(4, 8), memory={"context_tokens": 64})
+    scores = synthetic_scores(wide, 0)
+    found = search_grid(wide, scores, search)
+    for each in found:
+        expected = model_memory(each.candidate.model(wide), search.memory).total_gib
+        assert each.memory_gib == pytest.approx(expected, rel=1e-12), each.candidate.describe(wide)
+    assert len({each.candidate for each in found}) == len(found)
+    kinds = [set(each.candidate.pattern(wide)) for each in found]
+    assert {"*"} in kinds and {"M"} in kinds and {"M", "*", "-"} in kinds
+
+
+def test_the_parent_is_no_candidate() -> None:
+    """Without a limit it would win, and nothing would be compressed."""
+    scores = synthetic_scores(SMALL, 0)
+    for estimate in [*search_grid(SMALL, scores, small_search(memory={})), solve(SMALL, scores, small_search(memory={})).estimate]:
+        assert num_parameters(estimate.candidate.model(SMALL)) < num_parameters(SMALL)
+    alone = small_search(attention=(2, 2), mlp=(3, 3), mamba=(3, 3), ffn_hidden_sizes=(64,))
+    with pytest.raises(ValueError, match="the grid is empty: it allows the parent alone"):
+        search_grid(SMALL, scores, alone)
 
 
 def test_latency_is_a_limit_too() -> None:
@@ -132,7 +168,7 @@ def test_latency_is_a_limit_too() -> None:
     latency = LatencyModel("test", "fp32", 1, 1, (times,))
     search = small_search(memory={}, latency={"limit_ms": 9.0})
     scores = synthetic_scores(SMALL, 0)
-    for estimate in [*search_grid(SMALL, scores, search, latency), solve(SMALL, scores, search, latency)]:
+    for estimate in [*search_grid(SMALL, scores, search, latency), solve(SMALL, scores, search, latency).estimate]:
         kinds = estimate.candidate.pattern(SMALL)
         expected = 1.0 + 5.0 * kinds.count("*") + 2.0 * kinds.count("M") + sum(0.5 + 0.01 * w for w in estimate.candidate.ffn_hidden_sizes)
         assert estimate.latency_ms == pytest.approx(expected) and expected <= 9.0
@@ -142,7 +178,9 @@ def test_the_56b_is_solved_in_seconds_and_no_worse_than_the_grid() -> None:
     config = load_minipuzzle(PAPER)
     parent = preset(config.parent)
     scores = synthetic_scores(parent, config.seed)
-    solved = solve(parent, scores, config.search)
+    solution = solve(parent, scores, config.search)
+    solved = solution.estimate
+    assert solution.is_proven
     assert solved.damage <= search_grid(parent, scores, config.search)[0].damage
     assert solved.memory_gib <= 31.7 and is_subsequence(solved.candidate.pattern(parent), parent.pattern)
 
@@ -150,9 +188,89 @@ def test_the_56b_is_solved_in_seconds_and_no_worse_than_the_grid() -> None:
 def test_an_impossible_budget_says_the_smallest_reachable() -> None:
     config = load_minipuzzle(PAPER, ["search.memory.limit_gib=20"])
     parent = preset(config.parent)
-    with pytest.raises(ValueError, match=r"limit_gib=20.0: the smallest that the grid reaches takes 22\.94 GiB at 1,048,576 tokens"):
+    with pytest.raises(ValueError, match=r"limit_gib=20.0: the smallest that the grid reaches takes 22\.95 GiB at 1,048,576 tokens"):
         search_grid(parent, synthetic_scores(parent, 0), config.search)
-    assert solve(parent, synthetic_scores(parent, 0), config.search) is None
+    solution = solve(parent, synthetic_scores(parent, 0), config.search)
+    assert solution.estimate is None and solution.is_proven
+    assert describe_solution(solution, 1.0, 60.0) == "exact solver: no candidate fits the limits"
+
+
+TIMES = LatencyModel("test", "fp32", 1, 1, (LayerTimes(32, 8, 8, fixed=1.0, attention=5.0, mamba=2.0, mlp_base=0.5, mlp_per_neuron=0.01),))
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "limit_ms", "pattern"),
+    [
+        (1e-6, None, r"limit_gib=1e-06: the smallest that the grid reaches takes (?P<gib>\S+) GiB at 64 tokens"),
+        (None, 0.0001, r"limit_ms=0.0001: the fastest that the grid reaches takes (?P<ms>\S+) ms per step"),
+        (1e-6, 0.0001, r"limit_gib=1e-06: .* takes (?P<gib>\S+) GiB .*, nor search.latency.limit_ms=0.0001: .* takes (?P<ms>\S+) ms"),
+    ],
+)
+def test_the_smallest_reachable_is_reached(memory_gib: float | None, limit_ms: float | None, pattern: str) -> None:
+    """What the message says, given as the limit, is enough for a candidate, and no more than enough."""
+
+    def grid(gib: float | None, ms: float | None) -> list[Estimate]:
+        memory = {"limit_gib": gib, "context_tokens": 64}
+        return search_grid(SMALL, synthetic_scores(SMALL, 0), small_search(memory=memory, latency={"limit_ms": ms}), TIMES)
+
+    with pytest.raises(ValueError, match="nothing fits search") as error:
+        grid(memory_gib, limit_ms)
+    said = {name: float(value) for name, value in re.search(pattern, str(error.value)).groupdict().items()}
+    for name, value in said.items():
+        (least,) = {len(each.candidate.layers) for each in grid(*((value, None) if name == "gib" else (None, value)))}
+        assert least == 1
+        with pytest.raises(ValueError, match="nothing fits search"):
+            grid(*((0.998 * value, None) if name == "gib" else (None, 0.998 * value)))
+
+
+def test_limits_that_fit_alone_but_not_together() -> None:
+    # Without a context attention alone is small and slow here, an MLP layer alone large and fast.
+    counts = {"attention": (0, 1), "mlp": (0, 1), "mamba": (0, 0), "ffn_hidden_sizes": (64,)}
+    search = small_search(**counts, memory={"context_tokens": 1}, latency={"limit_ms": 3.0})
+    sizes = {kind: model_memory(SMALL.model_copy(update={"pattern": kind}), search.memory).total for kind in "*-"}
+    small, large = sorted(sizes, key=sizes.__getitem__)
+    assert (small, large) == ("*", "-")
+    search = search.model_copy(update={"memory": search.memory.model_copy(update={"limit_gib": (sizes[small] + 1) / GIB})})
+    with pytest.raises(
+        ValueError, match=r"at once: the fastest within the memory takes 6 ms per step, the smallest within the time \S+ GiB"
+    ):
+        search_grid(SMALL, synthetic_scores(SMALL, 0), search, TIMES)
+
+
+def test_a_slack_that_is_too_narrow_says_what_the_largest_takes() -> None:
+    search = small_search(memory={"limit_gib": 1.0, "slack_gib": 1e-5})
+    message = r"within search.memory.slack_gib=1e-05 of search.memory.limit_gib=1.0: the largest that fits takes 0\.003588 GiB"
+    with pytest.raises(ValueError, match=message):
+        search_grid(SMALL, synthetic_scores(SMALL, 0), search)
+
+
+def test_an_optimum_that_is_not_proven_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CBC stopped with a solution in hand is optimal by PuLP's status; only the solution's status tells."""
+    scores, search = synthetic_scores(SMALL, 0), small_search(memory={"limit_gib": 110_000 / GIB, "context_tokens": 64})
+    proven = solve(SMALL, scores, search)
+    whole = pulp.LpProblem.solve
+
+    def stopped(program: pulp.LpProblem, solver: pulp.LpSolver) -> int:
+        status = whole(program, solver)
+        if solver.mip:
+            program.sol_status = pulp.LpSolutionIntegerFeasible
+        return status
+
+    monkeypatch.setattr(pulp.LpProblem, "solve", stopped)
+    solution = solve(SMALL, scores, search)
+    assert solution.estimate == proven.estimate and not solution.is_proven
+    assert 0 < solution.least_damage <= proven.estimate.damage * (1 + 1e-9)
+    assert "within 60 s (search.solver_time_limit_s) has" in describe_solution(solution, 2 * proven.estimate.damage, 60.0)
+    assert "not proven to be the optimum, whose damage is at least" in describe_solution(solution, 1.0, 60.0)
+
+
+def test_a_solver_that_runs_out_of_time_is_told_from_one_that_finds_nothing() -> None:
+    config = load_minipuzzle(PAPER, ["search.solver_time_limit_s=1e-3"])
+    parent = preset(config.parent)
+    solution = solve(parent, synthetic_scores(parent, 0), config.search)
+    assert not solution.is_proven
+    text = describe_solution(solution, 1.0, 1e-3)
+    assert "within 0.001 s (search.solver_time_limit_s)" in text and "fits the limits" not in text
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,16 @@ def test_overrides_and_nearest_names(tmp_path: Path) -> None:
         load(tmp_path, "student.hiden_size=64")
 
 
+def test_a_bad_rate_is_one_problem_and_its_option_an_override(tmp_path: Path) -> None:
+    assert load(tmp_path, "stages.0.partitions.1.rate=0.5").stages[0].partitions[1].rate == 0.5
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, "stages.0.partitions.0.rate=0.5", "stages.0.partitions.1.rate=0.5")
+    (line,) = str(error.value).splitlines()[1:]
+    assert line == "  stages.0: every partition has a rate below 1, so some steps would have no images; set one rate to 1"
+    with pytest.raises(ConfigError, match=r"stages: expected at least 1 of them, got \[\]"):
+        load(tmp_path, "stages=[]")
+
+
 @pytest.mark.parametrize("name", student_preset_names())
 def test_presets_are_students(name: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"

@@ -70,9 +70,19 @@ def test_the_linear_probe_does_not_depend_on_scale_or_shift_of_a_channel() -> No
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
-def test_the_linear_probe_refuses_classes_out_of_range() -> None:
-    with pytest.raises(ValueError, match="classes from 0 to 2"):
-        fit_linear_probe(torch.randn(4, 2), torch.tensor([0, 1, 2, 3]), num_classes=3)
+@pytest.mark.parametrize("probe", ["kNN", "linear", "segmentation", "confusion"])
+def test_probes_refuse_classes_out_of_range(probe: str) -> None:
+    features, classes = torch.randn(4, 2), torch.tensor([0, 1, 255, 3])
+    masks = classes.to(torch.uint8).view(1, 2, 2)
+    with pytest.raises(ValueError, match="expected classes from 0 to 2, got 0 to (3|255)"):
+        if probe == "kNN":
+            knn_predict(features, classes, features, num_classes=3)
+        elif probe == "linear":
+            fit_linear_probe(features, classes, num_classes=3)
+        elif probe == "segmentation":
+            fit_segmentation_probe(lambda: [PatchBatch(features[None], (2, 2), masks)], num_classes=3)
+        else:
+            confusion(torch.zeros(1, 2, 2, dtype=torch.int64), masks, 3)
 
 
 def test_iou_is_scikit_learns_jaccard_score() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from megatron_hybrid.substrate.groups import initialize, shutdown
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.evaluate.knn import accuracy, knn_predict
 from vision_agglom.evaluate.pictures import draw_curves, draw_features
-from vision_agglom.evaluate.report import Evaluation, Report, format_report
+from vision_agglom.evaluate.report import CONTROL, Evaluation, Report, format_report
 from vision_agglom.evaluate.zero_shot import embed_classes, load_text_tower, zero_shot_predict
 from vision_agglom.images.labelled import read_labelled
 from vision_agglom.images.open_source import open_source
@@ -104,7 +104,8 @@ def test_the_report_is_what_its_parts_say(run_ranks: Callable[..., list[Any]], r
     assert list(report.curves["clip"]) == [16, 32, 64] and list(report.equivariance) == [16, 64]
     assert report.curves["sam"][32] == pytest.approx(report.spatial["sam"])
     assert set(report.rankme) == {"student", "clip", "sam", "head of clip", "head of sam"}
-    assert set(report.probes) == {"student", "clip"}, "a mosaic's images have no features of their own size"
+    assert set(report.probes) == {"student", "clip", CONTROL}, "a mosaic's images have no features of their own size"
+    assert report.probes[CONTROL]["linear"] == 1.0 > report.probes["student"]["linear"], "the probes find what is there"
     json.dumps(report.to_json())
     for word in ("fidelity", "scale error", "kNN", "zero-shot", "head of clip"[8:]):
         assert word in text
@@ -139,9 +140,38 @@ def test_options_that_do_not_fit_are_refused(run: VisionConfig, changes: dict[st
         type(run.evaluation).model_validate(run.evaluation.model_dump() | changes)
 
 
-def test_zero_shot_needs_a_learned_summary(run: VisionConfig) -> None:
-    options = run.evaluation.zero_shot.model_copy(update={"teacher": "sam"})
-    other = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"zero_shot": options})})
-    with pytest.raises(ValueError, match=r"zero_shot.teacher=sam: expected one whose summary is learned, of \['clip'\]"):
-        Evaluation(other, student(), 0, {}, None)  # type: ignore[arg-type]
-    assert replace(Report(0, 32), zero_shot={"clip": 0.5}).to_json()["zero_shot"] == {"clip": 0.5}
+def test_labels_beyond_the_classes_are_refused_before_anything_is_computed(run: VisionConfig) -> None:
+    options = run.evaluation.model_copy(update={"num_classes": 4, "zero_shot": None})
+    other = run.model_copy(update={"evaluation": options})
+    teachers = {teacher.name: load_teacher(teacher, "cpu", torch.float32) for teacher in run.teachers}
+    with pytest.raises(ValueError, match=r"of .*train: its (class|mask) has class \d, but evaluation.num_classes=4 has those from 0 to 3"):
+        Evaluation(other, student(), 0, teachers, None)  # type: ignore[arg-type]
+
+
+def test_a_text_tower_that_is_not_there_is_refused_by_its_teachers_name(run: VisionConfig, tmp_path: Path) -> None:
+    zero_shot = run.evaluation.zero_shot.model_copy(update={"text_model": str(tmp_path / "nowhere")})
+    other = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"zero_shot": zero_shot})})
+    teachers = {teacher.name: load_teacher(teacher, "cpu", torch.float32) for teacher in run.teachers}
+    substrate = SimpleNamespace(device="cpu")
+    with pytest.raises(ValueError, match=r"zero_shot.teacher=clip: transformers cannot load the text tower '.*nowhere'"):
+        Evaluation(other, student(), 0, teachers, substrate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "zero_shot", "message"),
+    [
+        ({}, {"teacher": "sam"}, r"zero_shot.teacher=sam: expected one whose summary is learned, of \['clip'\]"),
+        (
+            {"pretrained": False, "model": "clip"},
+            {},
+            "zero_shot.teacher=clip has pretrained=false, .* give evaluation.zero_shot.text_model",
+        ),
+        ({"library": "timm"}, {}, "zero_shot.teacher=clip: library=timm has no text towers; name a teacher of transformers or open_clip"),
+    ],
+)
+def test_zero_shot_needs_a_teacher_with_texts(run: VisionConfig, teacher: dict[str, Any], zero_shot: dict[str, Any], message: str) -> None:
+    tree = run.model_dump()
+    tree["teachers"] = [tree["teachers"][0] | teacher, tree["teachers"][1]]
+    tree["evaluation"]["zero_shot"] |= zero_shot
+    with pytest.raises(ValueError, match=message):
+        VisionConfig.model_validate(tree)

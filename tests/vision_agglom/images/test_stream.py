@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,17 @@ def test_resuming_goes_on_at_the_position(scenes: Path) -> None:
 
 def test_workers_change_nothing(scenes: Path) -> None:
     assert_same(by_index(take(config(scenes), 7)), by_index(take(config(scenes, num_workers=2, batches_ahead=2), 7)))
+
+
+def test_workers_leave_interrupts_to_the_process_that_reads(scenes: Path) -> None:
+    """A terminal sends Ctrl-C to workers too, even while they start."""
+    with ImageStream(config(scenes, num_workers=1), resolution=16, micro_batch=4) as stream:
+        first = by_index([next(stream)])
+        (worker,) = stream._batches._workers  # type: ignore[union-attr]
+        os.kill(worker.pid, signal.SIGINT)
+        more = by_index(list(itertools.islice(stream, 6)))
+    assert_same(first | more, by_index(take(config(scenes), 7)))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_beginning_to_read_leaves_the_global_generator_alone(scenes: Path) -> None:
