@@ -71,16 +71,16 @@ class NativeSource:
         """
         run_dir = self.path.parent.parent
         run = load_config(run_dir / CONFIG_NAME) if (run_dir / CONFIG_NAME).is_file() else None
-        if run is None:
-            known = Companions(step=self._step)
-        else:
+        known = Companions(step=self._step)
+        if run is not None:
             start = "nothing" if run.data.reset_at_documents else "end_of_document"
-            known = Companions(step=self._step, sequence_length=run.data.sequence_length, prompt_start=start)
+            files = files_in(run_dir / TOKENIZER_FOLDER)
+            known = replace(known, sequence_length=run.data.sequence_length, prompt_start=start, tokenizer_files=files)
         # A converted checkpoint says what its source said.
         known = replace(known, **self._stated)
         tokenizer = self._tokenizer or (run and _tokenizer_of(run, run_dir))
         if tokenizer is None:
-            return replace(known, tokenizer_files=files_in(run_dir / TOKENIZER_FOLDER))
+            return known
         if self._tokenizer is None and self._stated:
             return replace(known, tokenizer=tokenizer, tokenizer_files=files_of(tokenizer))
         return with_tokenizer(known, tokenizer)
