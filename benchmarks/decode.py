@@ -121,7 +121,7 @@ def peer(model: HybridModel, config: ModelConfig, device: torch.device) -> Calla
     the seconds of the call."""
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
-    hub = hub_from_model(config, style="transformers", dtype="bfloat16", max_position_embeddings=8192, eos_token_id=None)
+    hub = hub_from_model(config, style="transformers", dtype="bfloat16", max_position_embeddings=8192, token_ids={})
     settings = {key: value for key, value in hub.items() if key not in ("architectures", "model_type", "torch_dtype")}
     settings |= {"time_step_min": UNCLAMPED_TIME_STEP_MIN}
     with torch.device("meta"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import ModelConfig, TokenizerConfig
 from megatron_hybrid.config.load import load_model
-from megatron_hybrid.convert.hub_config import model_from_hub
 from megatron_hybrid.data.tokenizer import tokenizer_kind
+from tools.failure import BAD_PATH, ERROR, FINISHED, run_tool
 
 if TYPE_CHECKING:
     from megatron_hybrid.convert.source import Source
     from megatron_hybrid.convert.target import Layout, Plan, Target
 
+_KEPT = "whatever is written is kept, and the same command continues"
 KINDS = ("hf", "megatron", "native")
 EXAMPLE = """examples:
   python -m tools.convert_checkpoint --from native --to hf runs/mine exported/mine
@@ -28,7 +28,8 @@ EXAMPLE = """examples:
 
 hf: a NemotronH directory. native: a run directory, or one checkpoint in it. megatron: a torch_dist iter_NNNNNNN, or the folder above.
 TARGET appears under its name only after the verdict. An interrupted conversion continues when the same command is given again.
-exit code: 0 converted and proven, 1 failed or the verdict is against it (TARGET.rejected), 2 refused before anything was written."""
+exit code: 0 converted and proven, 1 failed (such as a full disk) or the verdict is against it (TARGET.rejected), 2 refused because an
+option or an input is wrong, 130 interrupted."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,10 +140,12 @@ def make_target(kind: str, plan: Plan, final: Path) -> Target:
 
 def give_verdict(source: Source, target: Target, directory: Path, plan: Plan, *, with_logits: bool) -> bool:
     """Open what is in the directory anew, compare it with the source, print what is found, and return whether it is good."""
+    from megatron_hybrid.convert.companions import companion_differences
     from megatron_hybrid.convert.verdict import compare_round_trip
 
     try:
         written = target.read_back(directory)
+        beside = companion_differences(plan.companions, written.companions)
     except ValueError as error:
         print(f"verdict: FAILED, {error}")
         return False
@@ -150,46 +153,47 @@ def give_verdict(source: Source, target: Target, directory: Path, plan: Plan, *,
     if round_trip.passed:
         print(f"round trip: all {round_trip.num_tensors:,} tensors of the source come back bit for bit")
     else:
-        print(f"round trip: {len(round_trip.differing):,} differences")
-        print("\n".join(f"  {line}" for line in round_trip.differing[:10]))
-    good = round_trip.passed
-    if with_logits and source.model.layer_kinds == written.model.layer_kinds:
+        _print_differences("round trip", round_trip.differing)
+    if beside:
+        _print_differences("tokenizer and special tokens", beside)
+    elif plan.companions.tokenizer_files:
+        print(f"tokenizer and special tokens: as in the source, {len(plan.companions.tokenizer_files)} files byte for byte")
+    good = round_trip.passed and not beside
+    if with_logits and _take_the_same_tokens(source.model, written.model):
         good = _compare_logits(source, written, plan) and good
     print(f"verdict: {'passed' if good else 'FAILED'}")
     return good
 
 
+def _print_differences(what: str, differences: Sequence[str]) -> None:
+    print(f"{what}: {len(differences):,} {'difference' if len(differences) == 1 else 'differences'}")
+    print("\n".join(f"  {line}" for line in differences[:10]))
+
+
+def _take_the_same_tokens(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two models can be run over the same tokens and compared layer by layer."""
+    return all(getattr(one, name) == getattr(other, name) for name in ("layer_kinds", "hidden_size", "vocab_size"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code: see the help."""
     arguments = build_parser().parse_args(argv)
+    return run_tool(lambda: _convert(arguments), _KEPT)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    check_options(arguments)
     # Only now: torch and megatron-core take seconds that a typing error should not have to wait for.
-    from megatron_hybrid.substrate.exit_codes import ExitCode
     from megatron_hybrid.substrate.host_memory import map_large_blocks
     from megatron_hybrid.substrate.quiet import silence_known_warnings
 
     silence_known_warnings()
     map_large_blocks()
-    try:
-        check_options(arguments)
-        return _convert(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
-    except OSError as error:
-        print(f"error: {error}; what is written is kept, and the same command continues", file=sys.stderr)
-        return ExitCode.ERROR
-    except KeyboardInterrupt:
-        print("interrupted: what is written is kept, and the same command continues", file=sys.stderr)
-        return 130
-
-
-def _convert(arguments: argparse.Namespace) -> int:
     import torch
 
+    from megatron_hybrid.convert.companions import with_tokenizer
     from megatron_hybrid.convert.job import plan_conversion, publish, reject, run_conversion
-    from megatron_hybrid.convert.native import with_tokenizer
     from megatron_hybrid.convert.widen import with_one_width
-    from megatron_hybrid.substrate.exit_codes import ExitCode
 
     source = open_source(arguments)
     if arguments.target_kind != "native" and with_one_width(source) is not source:
@@ -207,15 +211,22 @@ def _convert(arguments: argparse.Namespace) -> int:
     target = make_target(arguments.target_kind, plan, arguments.target)
     with_logits = arguments.verdict == "full"
     if arguments.verify_only:
+        if not arguments.target.exists():
+            raise ValueError(f"{arguments.target} does not exist, so there is nothing to verify")
         good = give_verdict(source, target, arguments.target, plan, with_logits=with_logits)
-        return ExitCode.FINISHED if good else ExitCode.ERROR
-    partial = run_conversion(source, target, plan, arguments.target)
+        return FINISHED if good else ERROR
+    try:
+        partial = run_conversion(source, target, plan, arguments.target)
+    except OSError as error:
+        if isinstance(error, BAD_PATH):
+            raise
+        raise OSError(f"{error}; {_KEPT}") from error
     if give_verdict(source, target, partial, plan, with_logits=with_logits):
         publish(partial, arguments.target)
         print(f"written: {arguments.target}")
-        return ExitCode.FINISHED
+        return FINISHED
     print(f"error: {reject(partial, arguments.target)} is not what {arguments.source} is", file=sys.stderr)
-    return ExitCode.ERROR
+    return ERROR
 
 
 def _compare_logits(source: Source, target: Source, plan: Plan) -> bool:
@@ -256,7 +267,11 @@ def _given_tokenizer(arguments: argparse.Namespace) -> TokenizerConfig | None:
 
 def _read_model(text: str) -> ModelConfig:
     if text.endswith(".json"):
-        return model_from_hub(json.loads(Path(text).read_text(encoding="utf-8")))
+        # Comes with torch.
+        from megatron_hybrid.convert.companions import read_json
+        from megatron_hybrid.convert.hub_config import model_from_hub
+
+        return model_from_hub(read_json(Path(text)))
     return load_model(text)[0]
 
 

@@ -15,17 +15,16 @@ BAD_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 """A file or folder that is not what the user takes it for: theirs to mend."""
 
 
-def run_tool(work: Callable[[], None], if_interrupted: str) -> int:
-    """Do a tool's work and return the exit code; what stopped it is printed in one line.
+def run_tool(work: Callable[[], int | None], if_interrupted: str) -> int:
+    """Do a tool's work and return the exit code, the work's own if it returns one; what stopped it is printed in one line.
 
     A wrong value or path is the user's to mend, any other ``OSError`` is not. ``if_interrupted`` says what Ctrl-C leaves behind.
     """
     try:
-        work()
+        return work() or FINISHED
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT if isinstance(error, ValueError | BAD_PATH) else ERROR
+        return BAD_INPUT if isinstance(error, (ValueError, *BAD_PATH)) else ERROR
     except KeyboardInterrupt:
         print(f"interrupted: {if_interrupted}", file=sys.stderr)
         return INTERRUPTED
-    return FINISHED

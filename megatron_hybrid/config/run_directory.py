@@ -9,6 +9,8 @@ from megatron_hybrid.config.schema import RunConfig, TokenizerConfig
 CONFIG_NAME = "config.yaml"
 """The resolved run, as its newest start had it."""
 CHECKPOINTS_NAME = "checkpoints"
+TOKENIZER_FOLDER = "tokenizer"
+"""The tokenizer of a converted checkpoint, with what lies beside it."""
 STARTS_NAME = "starts.jsonl"
 """One line per start: when, where, with which code and options."""
 
@@ -23,5 +25,5 @@ def kept_tokenizer(run: RunConfig, run_dir: Path) -> TokenizerConfig | None:
     tokenizer = run.data.tokenizer
     if tokenizer is None:
         return None
-    copy = tokenizer_copy(tokenizer, run_dir)
-    return tokenizer.model_copy(update={"path": copy}) if copy.exists() else tokenizer
+    copies = (tokenizer_copy(tokenizer, run_dir), run_dir / TOKENIZER_FOLDER / tokenizer.path.name)
+    return next((tokenizer.model_copy(update={"path": copy}) for copy in copies if copy.exists()), tokenizer)

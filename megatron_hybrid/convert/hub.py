@@ -10,22 +10,17 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from megatron_hybrid.config import ModelConfig, TokenizerConfig
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.convert.companions import Companions, files_in, files_of, find_tokenizer, read_json, read_token_ids
 from megatron_hybrid.convert.correspondence import HUB_HEAD, correspondences
 from megatron_hybrid.convert.hub_config import HubStyle, hub_from_model, model_from_hub
 from megatron_hybrid.convert.rearrange import to_hub
 from megatron_hybrid.convert.safetensors_file import SafetensorsReader, SafetensorsWriter
-from megatron_hybrid.convert.source import Companions, Form
+from megatron_hybrid.convert.source import Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
 from megatron_hybrid.convert.target import Plan
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-"""What goes with the weights unchanged."""
 _PREFIXES = {"transformers": "model.", "hub": "backbone."}
 
 
@@ -143,7 +138,7 @@ class HubTarget:
             style=plan.layout.style,
             dtype=plan.main_dtype,
             max_position_embeddings=plan.companions.sequence_length,
-            eos_token_id=plan.companions.eos_token_id,
+            token_ids=plan.companions.token_ids,
         )
         self._num_written = 0
 
@@ -172,8 +167,8 @@ class HubTarget:
     def finish(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
         """See ``Target``."""
         self._new_writer(directory, 0).finish(self._config)
-        for file in self._plan.companions.tokenizer_files:
-            shutil.copyfile(file, directory / ("tokenizer.model" if file.suffix == ".model" else file.name))
+        for name, file in self._plan.companions.tokenizer_files.items():
+            shutil.copyfile(file, directory / name)
 
     def read_back(self, directory: Path) -> HubSource:
         """See ``Target``."""
@@ -193,12 +188,9 @@ def read_hub_config(path: Path) -> dict[str, Any]:
         ValueError: there is none, or it is no JSON object.
     """
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return read_json(path / CONFIG)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no Hugging Face model: {CONFIG} cannot be read ({type(error).__name__}: {error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG} is no JSON object")
-    return config
 
 
 def canonical_name(stored: str) -> str:
@@ -217,7 +209,9 @@ def _open_files(path: Path) -> list[SafetensorsReader]:
         if not (path / SINGLE).is_file():
             raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}; other formats than safetensors are not read")
         return [SafetensorsReader(path / SINGLE)]
-    weight_map: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index_file} has no weight_map that names the file of every tensor; copy it again")
     readers = {}
     for name, file in weight_map.items():
         if file not in readers:
@@ -242,20 +236,14 @@ def _cut(specs: Mapping[str, TensorSpec], shard_bytes: int) -> Sequence[dict[str
 
 
 def _companions(path: Path, config: Mapping[str, Any]) -> Companions:
-    files = tuple(path / name for name in TOKENIZER_FILES if (path / name).is_file())
-    eos = config.get("eos_token_id")
+    tokenizer = find_tokenizer(path)
+    length = config.get("max_position_embeddings")
+    if length is not None and type(length) is not int:
+        raise ValueError(f"{CONFIG} has max_position_embeddings={length!r}; expected a number of tokens")
     return Companions(
-        tokenizer_files=files,
-        tokenizer=find_tokenizer(path),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
-        sequence_length=config.get("max_position_embeddings", Companions.sequence_length),
+        tokenizer_files=files_in(path) if tokenizer is None else files_of(tokenizer),
+        tokenizer=tokenizer,
+        token_ids=read_token_ids(config, CONFIG),
+        prompt_start="tokenizer",
+        sequence_length=length or Companions.sequence_length,
     )
-
-
-def find_tokenizer(folder: Path) -> TokenizerConfig | None:
-    """Return how to read the tokenizer in a folder, None when there is none."""
-    if (folder / "tokenizer.json").is_file():
-        return TokenizerConfig(kind="huggingface", path=folder / "tokenizer.json")
-    if models := sorted(folder.glob("*.model")):
-        return TokenizerConfig(kind="sentencepiece", path=models[0])
-    return None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.convert.companions import TOKEN_IDS
 from megatron_hybrid.convert.widen import require_one_width
 from megatron_hybrid.layout.pattern import ATTENTION, LAYER_KINDS, MAMBA, MLP
 
@@ -94,6 +95,10 @@ def read_pattern(config: Mapping[str, Any]) -> str:
     blocks, pattern = config.get("layers_block_type", config.get("layer_types")), config.get("hybrid_override_pattern")
     if blocks is None and pattern is None:
         raise ValueError("config.json has neither hybrid_override_pattern nor layers_block_type; one of them has to name the layers")
+    if not isinstance(pattern, str | None):
+        raise ValueError(f"config.json has hybrid_override_pattern={pattern!r}; expected a text of M, * and -")
+    if blocks is not None and not (isinstance(blocks, list) and all(isinstance(block, str) for block in blocks)):
+        raise ValueError(f"config.json has layers_block_type={blocks!r}; expected a list of {sorted(_BLOCK_TYPES)}")
     if pattern is not None:
         for position, character in enumerate(pattern, start=1):
             if character not in LAYER_KINDS:
@@ -116,7 +121,7 @@ def read_pattern(config: Mapping[str, Any]) -> str:
 
 
 def hub_from_model(
-    model: ModelConfig, *, style: HubStyle, dtype: str, max_position_embeddings: int, eos_token_id: int | None
+    model: ModelConfig, *, style: HubStyle, dtype: str, max_position_embeddings: int, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the ``config.json`` of a model.
 
@@ -125,7 +130,7 @@ def hub_from_model(
         style: how the layers are named.
         dtype: torch's name of the weights' dtype.
         max_position_embeddings: the longest sequence in training; there is no position embedding, so nothing breaks beyond it.
-        eos_token_id: the token that ends a document, where the tokenizer is known.
+        token_ids: bos_token_id, eos_token_id and pad_token_id, as far as they are known.
 
     Raises:
         ValueError: the model has what NemotronH does not.
@@ -157,9 +162,7 @@ def hub_from_model(
         "time_step_max": 0.1,
         "time_step_floor": 1e-4,
         "max_position_embeddings": max_position_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": None,
+        **{key: token_ids.get(key) for key in TOKEN_IDS},
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -177,6 +180,9 @@ def _check_time_step_limit(limit: Any) -> None:
     """No clamp is what is trained; infinity is written as a string, as JSON's extension, or in transformers' own way."""
     if limit is None:
         return
-    low, high = (value["__float__"] if isinstance(value, dict) else value for value in limit)
-    if float(low) != 0.0 or float(high) != float("inf"):
+    try:
+        bounds = [float(value["__float__"] if isinstance(value, dict) else value) for value in limit]
+    except (TypeError, ValueError, KeyError):
+        bounds = []
+    if bounds != [0.0, float("inf")]:
         raise ValueError(f"config.json has time_step_limit={limit}; only [0, Infinity], no limit, can be converted")

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.config.run_directory import TOKENIZER_FOLDER
+from megatron_hybrid.convert.companions import Companions, copy_tokenizer, files_in, files_of, find_tokenizer
 from megatron_hybrid.convert.correspondence import correspondences
-from megatron_hybrid.convert.hub import find_tokenizer
-from megatron_hybrid.convert.source import Companions, Form
+from megatron_hybrid.convert.source import Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
-from megatron_hybrid.convert.target import TOKENIZER_FOLDER, Plan, copy_tokenizer
+from megatron_hybrid.convert.target import Plan
 from megatron_hybrid.convert.torch_dist import TorchDistReader, finish_directory
 from megatron_hybrid.convert.torch_dist_target import TorchDistTarget
 from megatron_hybrid.convert.widen import require_one_width
@@ -88,11 +89,13 @@ class MegatronSource:
         self.model = with_padding(model, padded_vocab_size)
         check_specs(self.path, self.specs, {tensor.key: tensor.shape for each in correspondences(self.model) for tensor in each.native})
         folder = self.path.parent / TOKENIZER_FOLDER
+        tokenizer = find_tokenizer(folder)
         self.companions = Companions(
-            tokenizer_files=tuple(sorted(folder.iterdir())) if folder.is_dir() else (),
-            tokenizer=find_tokenizer(folder),
+            tokenizer_files=files_in(folder) if tokenizer is None else files_of(tokenizer),
+            tokenizer=tokenizer,
             sequence_length=getattr(arguments, "seq_length", None) or Companions.sequence_length,
             step=int(common.get("iteration", 0)),
+            **common.get("companions", {}),
         )
 
     def read(self, name: str) -> Tensor:
@@ -126,6 +129,7 @@ class MegatronTarget(TorchDistTarget):
             "checkpoint_version": 3.0,
             "iteration": self._iteration,
             "num_floating_point_operations_so_far": 0,
+            "companions": self._plan.companions.stated(),
         }
         finish_directory(self.weights_folder(directory), [record for each in written for record in each], common)
         (directory / TRACKER).write_text(str(self._iteration))
@@ -247,10 +251,25 @@ def _read_common(path: Path, *, is_needed: bool) -> dict[str, Any]:
         return {}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            common = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, AttributeError, KeyError) as error:
+        unsafe = _unsafe_types(file)
+        if not unsafe:
+            raise ValueError(f"{file} is damaged ({type(error).__name__}); copy it again") from None
         if not is_needed:
             return {}
         raise ValueError(
-            f"{file} has objects that could run code, so it is not read; say with --config what the checkpoint is of"
-        ) from error
+            f"{file} has objects that could run code ({', '.join(unsafe[:3])}), so it is not read; say with --config what the checkpoint "
+            "is of"
+        ) from None
+    if not isinstance(common, dict) or not isinstance(common.get("args", argparse.Namespace()), argparse.Namespace | None):
+        raise ValueError(f"{file} is not what Megatron-LM writes: expected a dictionary with its arguments; copy it again")
+    return common
+
+
+def _unsafe_types(file: Path) -> list[str]:
+    """Names of what a file would call beside plain values and arguments; none where it cannot be read at all."""
+    try:
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"})
+    except Exception:  # damaged pickles raise nearly anything
+        return []

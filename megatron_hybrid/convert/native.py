@@ -17,14 +17,13 @@ from megatron_hybrid.checkpoint.header import HEADER, header_text, read_header
 from megatron_hybrid.checkpoint.manifest import MANIFEST, Manifest, TensorFacts, check_contents, check_sizes, measure
 from megatron_hybrid.checkpoint.store import LATEST, complete_steps, step_name
 from megatron_hybrid.config import ModelConfig, RunConfig, TokenizerConfig, dump_config, load_config
-from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME, CONFIG_NAME
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME, CONFIG_NAME, TOKENIZER_FOLDER, kept_tokenizer
+from megatron_hybrid.convert.companions import Companions, copy_tokenizer, files_in, files_of, with_tokenizer
 from megatron_hybrid.convert.correspondence import NativeTensor, correspondences
-from megatron_hybrid.convert.source import Companions, Form
+from megatron_hybrid.convert.source import Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
-from megatron_hybrid.convert.target import TOKENIZER_FOLDER, copy_tokenizer
 from megatron_hybrid.convert.torch_dist import TorchDistReader, finish_directory
 from megatron_hybrid.convert.torch_dist_target import TorchDistTarget
-from megatron_hybrid.data.tokenizer import load_tokenizer
 
 _CONFIG_COMMENT = """\
 # Made by tools.convert_checkpoint. model and data.tokenizer are the checkpoint's; data.sources, optimizer and train say nothing about it
@@ -61,6 +60,7 @@ class NativeSource:
         self.specs: dict[str, TensorSpec] = self._reader.specs
         check_specs(self.path, self.specs, {tensor.key: tensor.shape for each in correspondences(self.model) for tensor in each.native})
         self._step: int = header["state"]["step"]
+        self._stated: dict[str, Any] = header.get("companions", {})
 
     @cached_property
     def companions(self) -> Companions:
@@ -69,11 +69,21 @@ class NativeSource:
         Raises:
             ValueError: the run's configuration or tokenizer cannot be read.
         """
-        file = self.path.parent.parent / CONFIG_NAME
-        data = load_config(file).data if file.is_file() else None
-        tokenizer = self._tokenizer or (data and data.tokenizer)
-        known = Companions(step=self._step, sequence_length=data.sequence_length if data else Companions.sequence_length)
-        return known if tokenizer is None else with_tokenizer(known, tokenizer)
+        run_dir = self.path.parent.parent
+        run = load_config(run_dir / CONFIG_NAME) if (run_dir / CONFIG_NAME).is_file() else None
+        known = Companions(step=self._step)
+        if run is not None:
+            start = "nothing" if run.data.reset_at_documents else "end_of_document"
+            files = files_in(run_dir / TOKENIZER_FOLDER)
+            known = replace(known, sequence_length=run.data.sequence_length, prompt_start=start, tokenizer_files=files)
+        # A converted checkpoint says what its source said.
+        known = replace(known, **self._stated)
+        tokenizer = self._tokenizer or (run and _tokenizer_of(run, run_dir))
+        if tokenizer is None:
+            return known
+        if self._tokenizer is None and self._stated:
+            return replace(known, tokenizer=tokenizer, tokenizer_files=files_of(tokenizer))
+        return with_tokenizer(known, tokenizer)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by its key.
@@ -101,6 +111,7 @@ class NativeTarget(TorchDistTarget):
         step = self._plan.companions.step
         # No stream of samples and no optimizer is behind these weights, so a run that would continue them is refused.
         header = {"state": {"step": step, "samples": 0}, "model": self._plan.model.architecture(), "data": {}, "training": {}}
+        header["companions"] = self._plan.companions.stated()
         (checkpoint / HEADER).write_text(header_text(header))
         files = {file.name: measure(file) for file in sorted(checkpoint.iterdir()) if file.name != MANIFEST}
         tensors = {record["key"]: TensorFacts(tuple(record["whole"]), record["dtype"], record["digest"]) for record in records}
@@ -139,6 +150,12 @@ def _facts(tensor: Tensor) -> TensorFacts:
     return TensorFacts(shape, str(tensor.dtype).removeprefix("torch."), f"{shard_digest(tensor, shape, (0,) * len(shape)):016x}")
 
 
+def _tokenizer_of(run: RunConfig, run_dir: Path) -> TokenizerConfig | None:
+    """The run's tokenizer, where the files beside it are: training keeps a copy of the definition alone."""
+    kept, named = kept_tokenizer(run, run_dir), run.data.tokenizer
+    return named if kept is not None and kept.path.parent == run_dir and named.path.exists() else kept
+
+
 def _find_checkpoint(path: Path) -> Path:
     if (path / HEADER).is_file():
         return path
@@ -148,24 +165,3 @@ def _find_checkpoint(path: Path) -> Path:
             f"{path} is neither a checkpoint (no {HEADER}) nor a run directory with one (no complete {CHECKPOINTS_NAME}/step_...)"
         )
     return path / CHECKPOINTS_NAME / step_name(steps[-1])
-
-
-def with_tokenizer(companions: Companions, tokenizer: TokenizerConfig) -> Companions:
-    """Return the same with another tokenizer.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        eos_token_id = load_tokenizer(tokenizer.kind, tokenizer.path, tokenizer.eod_token).eod_id
-    except ValueError as error:
-        raise ValueError(f"{error}; name with --tokenizer the one that goes with the weights") from error
-    return replace(companions, tokenizer=tokenizer, tokenizer_files=_files_of(tokenizer), eos_token_id=eos_token_id)
-
-
-def _files_of(tokenizer: TokenizerConfig) -> tuple[Path, ...]:
-    """Return the files a tokenizer consists of: those of its folder, or its one file."""
-    if tokenizer.path.is_dir():
-        return tuple(sorted(file for file in tokenizer.path.iterdir() if file.is_file()))
-    beside = tokenizer.path.with_name("tokenizer_config.json")
-    return (tokenizer.path, beside) if beside.is_file() else (tokenizer.path,)

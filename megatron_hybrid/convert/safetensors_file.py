@@ -53,7 +53,7 @@ class SafetensorsReader:
             try:
                 header = json.loads(file.read(length))
                 self._entries = {name: _entry(fields, _LENGTH_BYTES + length) for name, fields in header.items() if name != "__metadata__"}
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} is no safetensors file, or its header is damaged ({type(error).__name__}: {error})") from None
         size_bytes = path.stat().st_size
         beyond = [name for name, entry in self._entries.items() if entry.first_byte + entry.spec.size_bytes > size_bytes]

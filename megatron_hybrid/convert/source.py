@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_hybrid.config import ModelConfig, TokenizerConfig
+from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.convert.companions import Companions
 from megatron_hybrid.convert.correspondence import Correspondence
 from megatron_hybrid.convert.rearrange import to_hub, to_native
 from megatron_hybrid.convert.specs import TensorSpec
 
 Form = Literal["hub", "native"]
 """Whose names and arrangement the tensors have. Megatron-LM's checkpoints are of native form."""
-
-
-@dataclass(frozen=True)
-class Companions:
-    """What a checkpoint has beside its weights."""
-
-    tokenizer_files: tuple[Path, ...] = ()
-    tokenizer: TokenizerConfig | None = None
-    """How to read them; None when there are none."""
-    eos_token_id: int | None = None
-    sequence_length: int = 8192
-    """Longest sequence in training, as far as it is known."""
-    step: int = 0
-    """Optimizer steps behind the weights; 0 when unknown."""
 
 
 class Source(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from megatron_hybrid.config import ModelConfig, ParallelConfig, TokenizerConfig
+from megatron_hybrid.config import ModelConfig, ParallelConfig
 from megatron_hybrid.config.schema import check_layout
+from megatron_hybrid.convert.companions import Companions
 from megatron_hybrid.convert.correspondence import Correspondence
 from megatron_hybrid.convert.hub_config import HubStyle
-from megatron_hybrid.convert.source import Companions, Source
+from megatron_hybrid.convert.source import Source
 from megatron_hybrid.layout.stages import plan_stages
-
-TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,3 @@ def stage_numbers(plan: Plan) -> list[int]:
         0 if position == 0 else of_layer[-1] if each.layer is None else of_layer[each.layer]
         for position, each in enumerate(plan.correspondences)
     ]
-
-
-def copy_tokenizer(companions: Companions, folder: Path, final_folder: Path) -> TokenizerConfig | None:
-    """Copy the tokenizer's files, and return how to read them when the target has its final name."""
-    if companions.tokenizer_files:
-        folder.mkdir(exist_ok=True)
-    for file in companions.tokenizer_files:
-        shutil.copyfile(file, folder / file.name)
-    if companions.tokenizer is None:
-        return None
-    return companions.tokenizer.model_copy(update={"path": final_folder / companions.tokenizer.path.name})

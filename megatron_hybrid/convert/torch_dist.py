@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_hybrid.convert.correspondence import NativeTensor
 from megatron_hybrid.convert.specs import TensorSpec
+from megatron_hybrid.convert.torch_dist_metadata import read_metadata
 
 _NOT_WEIGHTS = ("optimizer.", "chained_", "fp8.")
 """Beginnings of the keys of optimizer state and of float8 scaling state."""
@@ -26,14 +28,13 @@ class TorchDistReader:
     """The weights in one checkpoint directory; optimizer state and objects are left out.
 
     Raises:
-        ValueError: it is no such directory, or a file is shorter than its metadata says; the message names the tensors that are cut off.
+        ValueError: it is no such directory, its metadata is damaged or could run code, or a file is shorter than the metadata says; the
+            message names the tensors that are cut off.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / ".metadata").is_file():
-            raise ValueError(f"{path} is no torch_dist checkpoint: it has no .metadata")
-        metadata = FileSystemReader(path).read_metadata()
+        metadata = read_metadata(path)
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._tensors = {
             key: entry
@@ -71,7 +72,7 @@ class TorchDistReader:
         try:
             with (self.path / info.relative_path).open("rb") as file:
                 tensor = torch.load(_create_file_view(file, info.offset, info.length), map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.path / info.relative_path}: {key} cannot be read ({type(error).__name__}: {error})") from error
         if tensor.shape != chunk.sizes:
             raise ValueError(

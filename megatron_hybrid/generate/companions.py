@@ -30,19 +30,30 @@ class Companions:
     """bos_token, eos_token and so on, by which a chat template names them."""
 
 
-def native_companions(run: RunConfig, run_dir: Path, tokenizer: Tokenizer) -> Companions:
-    """Those of a run of ours; a chat template lies beside the tokenizer, that which the run keeps or that which it was configured with.
+def native_companions(run: RunConfig, run_dir: Path, tokenizer: Tokenizer, header: Mapping[str, Any]) -> Companions:
+    """Those of a run of ours; a chat template and further end tokens lie beside the tokenizer, that which the run keeps or that which it
+    was configured with.
 
     With ``data.reset_at_documents`` training began a document from an empty state, which is what new caches hold, with its own first token,
     and nothing ever came after an end-of-document token. Without, a document came after that token of the one before, so it comes first
-    here too.
+    here too. A converted checkpoint says in its header how its source began, and which end tokens that had.
+
+    Args:
+        run: as it was configured.
+        run_dir: where it lies by now.
+        tokenizer: the run's.
+        header: the checkpoint's.
     """
     template, special_tokens = None, {}
+    stated = header.get("companions", {"token_ids": {}, "prompt_start": "nothing" if run.data.reset_at_documents else "end_of_document"})
+    end_tokens = {tokenizer.eod_id} | _end_tokens(stated["token_ids"])
     for options in (kept_tokenizer(run, run_dir), run.data.tokenizer):
+        folder = options.path if options.path.is_dir() else options.path.parent
+        end_tokens |= _end_tokens(_read_json(folder / _GENERATION))
         if template is None:
-            template, special_tokens = _read_chat(options.path if options.path.is_dir() else options.path.parent)
-    prefix = () if run.data.reset_at_documents else (tokenizer.eod_id,)
-    return Companions(prefix, frozenset({tokenizer.eod_id}), template, special_tokens)
+            template, special_tokens = _read_chat(folder)
+    prefix = {"tokenizer": tokenizer.prefix, "end_of_document": (tokenizer.eod_id,), "nothing": ()}[stated["prompt_start"]]
+    return Companions(prefix, frozenset(end_tokens), template, special_tokens)
 
 
 def hub_companions(path: Path, tokenizer: Tokenizer) -> Companions:
@@ -50,9 +61,13 @@ def hub_companions(path: Path, tokenizer: Tokenizer) -> Companions:
     template, special_tokens = _read_chat(path)
     end_tokens = {tokenizer.eod_id}
     for name in (_CONFIG, _GENERATION):
-        eos = _read_json(path / name).get("eos_token_id")
-        end_tokens |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        end_tokens |= _end_tokens(_read_json(path / name))
     return Companions(tokenizer.prefix, frozenset(end_tokens), template, special_tokens)
+
+
+def _end_tokens(fields: Mapping[str, Any]) -> set[int]:
+    eos = fields.get("eos_token_id")
+    return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
 def _read_chat(folder: Path) -> tuple[str | None, dict[str, str]]:

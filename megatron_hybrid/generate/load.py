@@ -4,10 +4,10 @@ them on each rank."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -136,7 +136,8 @@ def _load_native(run: RunConfig, path: Path, substrate: Substrate, step: int | N
 def _load_checkpoint(run: RunConfig, path: Path, checkpoint: Path, substrate: Substrate) -> LanguageModel:
     """Make this rank's stage and read its weights, and nothing else of the training state."""
     with failing_together(substrate.control_group):
-        run = run.model_copy(update={"model": _saved_architecture(checkpoint, run.model)})
+        header = read_header(checkpoint)
+        run = run.model_copy(update={"model": _saved_architecture(checkpoint, header, run.model)})
         kept = run.data.model_copy(update={"tokenizer": kept_tokenizer(run, path)})
         tokenizer = build_tokenizer(run.model_copy(update={"data": kept}))
         if tokenizer is None:
@@ -145,14 +146,14 @@ def _load_checkpoint(run: RunConfig, path: Path, checkpoint: Path, substrate: Su
     sharded = shard_parameters(model.named_global_parameters(), substrate.tensor_group, substrate.data_group)
     weights = load(checkpoint, {"model": sharded}, group=substrate.control_group)["model"]
     _fill(model, weights.__getitem__)
-    return LanguageModel(model, tokenizer, native_companions(run, path, tokenizer), checkpoint)
+    return LanguageModel(model, tokenizer, native_companions(run, path, tokenizer, header), checkpoint)
 
 
-def _saved_architecture(checkpoint: Path, configured: ModelConfig) -> ModelConfig:
+def _saved_architecture(checkpoint: Path, header: Mapping[str, Any], configured: ModelConfig) -> ModelConfig:
     """The configured model with all that decides the weights taken from the checkpoint: the configuration is the newest start's, which need
     not have got as far as a checkpoint."""
     try:
-        return ModelConfig.model_validate(configured.model_dump() | read_header(checkpoint)["model"])
+        return ModelConfig.model_validate(configured.model_dump() | header["model"])
     except ValidationError as error:
         raise ValueError(f"{checkpoint} holds no language model that this program knows: {error}") from error
 

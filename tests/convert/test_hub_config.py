@@ -41,7 +41,7 @@ def test_every_spelling_is_the_same_model(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_written_configurations_are_read_back_by_us_and_by_transformers(style: Any, changes: dict[str, Any]) -> None:
     model = model_from_hub({**CONFIG, **changes})
-    written = hub_from_model(model, style=style, dtype="bfloat16", max_position_embeddings=64, eos_token_id=3)
+    written = hub_from_model(model, style=style, dtype="bfloat16", max_position_embeddings=64, token_ids={"eos_token_id": 3})
     assert model_from_hub(written) == model
     assert model_from_hub(NemotronHConfig(**written).to_dict()) == model
 
@@ -61,6 +61,10 @@ def test_written_configurations_are_read_back_by_us_and_by_transformers(style: A
         ({**CONFIG, "mlp_hidden_act": "silu"}, "mlp_hidden_act='silu'"),
         ({**CONFIG, "use_conv_bias": False}, "use_conv_bias=False"),
         ({**CONFIG, "time_step_limit": [0.001, 0.1]}, r"time_step_limit=\[0.001, 0.1\]"),
+        ({**CONFIG, "time_step_limit": 5}, "time_step_limit=5; only"),
+        ({**CONFIG, "time_step_limit": [0.0, None]}, r"time_step_limit=\[0.0, None\]; only"),
+        ({**CONFIG, "hybrid_override_pattern": 5}, "hybrid_override_pattern=5; expected a text"),
+        (without("hybrid_override_pattern", layers_block_type="mamba"), "layers_block_type='mamba'; expected a list"),
         ({**CONFIG, "n_groups": 3}, "mamba_num_groups=3"),
     ],
 )
@@ -72,4 +76,4 @@ def test_what_cannot_be_converted_is_refused(config: dict[str, Any], message: st
 def test_a_model_with_positions_is_not_written() -> None:
     model: ModelConfig = model_from_hub(CONFIG).model_copy(update={"position_embedding": "rope"})
     with pytest.raises(ValueError, match="position_embedding=rope cannot be written"):
-        hub_from_model(model, style="hub", dtype="float32", max_position_embeddings=64, eos_token_id=None)
+        hub_from_model(model, style="hub", dtype="float32", max_position_embeddings=64, token_ids={})

@@ -92,6 +92,19 @@ def test_a_common_state_that_could_run_code_is_not_read(megatron: Path, hub: Pat
     assert MegatronSource(copy, model=HubSource(hub).model).model.layer_kinds == "M-M*M-"
 
 
+@pytest.mark.parametrize("end", [0, 60, -100])
+def test_a_damaged_common_state_is_not_taken_for_a_dangerous_one(end: int, megatron: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(megatron, tmp_path / "copy"))
+    file = copy / "iter_0000001/common.pt"
+    for damaged in (file.read_bytes()[:end], bytes(range(256)), b"hello"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"common.pt is damaged \(\w+\); copy it again"):
+            MegatronSource(copy)
+    torch.save(["no dictionary"], file)
+    with pytest.raises(ValueError, match="common.pt is not what Megatron-LM writes"):
+        MegatronSource(copy)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

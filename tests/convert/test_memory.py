@@ -51,7 +51,7 @@ def write_large(path: Path, shape: str) -> tuple[int, int]:
     generator = torch.Generator().manual_seed(0)
     for name, spec in specs.items():
         writer.write(name, (torch.randn(spec.shape, generator=generator, dtype=torch.float32) / spec.shape[-1] ** 0.5).to(spec.dtype))
-    writer.finish(hub_from_model(model, style="hub", dtype="bfloat16", max_position_embeddings=8192, eos_token_id=None))
+    writer.finish(hub_from_model(model, style="hub", dtype="bfloat16", max_position_embeddings=8192, token_ids={}))
     sizes = [spec.size_bytes for spec in specs.values()]
     return sum(sizes), max(sizes)
 

@@ -13,11 +13,16 @@ import torch
 from transformers import NemotronHForCausalLM
 
 from megatron_hybrid.checkpoint import check_header, read_header
+from megatron_hybrid.config.run_directory import kept_tokenizer
 from megatron_hybrid.convert.native import NativeSource
+from megatron_hybrid.generate.companions import Companions
+from megatron_hybrid.generate.engine import Engine, Start
 from megatron_hybrid.generate.load import load_language_model, load_run
+from megatron_hybrid.generate.sampling import Sampling
+from megatron_hybrid.generate.text import encode_prompt
 from megatron_hybrid.substrate.groups import initialize
 from megatron_hybrid.tasks.pretrain import Pretraining
-from tests.convert.checkpoints import edit_json
+from tests.convert.checkpoints import BASE, edit_json
 from tools.convert_checkpoint import main
 
 TOKENS = [[5, 17, 3, 200, 9]]
@@ -49,13 +54,47 @@ def test_training_starts_from_it_and_does_not_resume_it(native: Path) -> None:
         check_header(header, model=architecture, training={"precision": "fp32", "distributed_optimizer": True})
 
 
-def test_tokenizer_and_configuration_go_with_it(hub: Path, native: Path, tmp_path: Path) -> None:
-    assert {file.name for file in (native / "tokenizer").iterdir()} == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert main(["--from", "native", "--to", "hf", str(native), str(tmp_path / "back"), "--verdict", "bits", "--hf-style", "hub"]) == 0
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "back" / name).read_bytes() == (hub / name).read_bytes()
-    config = json.loads((tmp_path / "back/config.json").read_text())
-    assert (config["eos_token_id"], config["max_position_embeddings"], config["hybrid_override_pattern"]) == (3, 64, "M-M*M-")
+BESIDE = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "special_tokens_map.json"}
+
+
+@pytest.mark.parametrize("by_way_of", [["native"], ["native", "megatron"], ["hf"]], ids="+".join)
+def test_tokenizer_and_configuration_go_there_and_back(by_way_of: list[str], hub: Path, native: Path, tmp_path: Path) -> None:
+    here, kind = (native, "native") if by_way_of[0] == "native" else (hub, "hf")
+    for number, there in enumerate([*by_way_of[1:], "hf"]):
+        out = tmp_path / f"{number}"
+        assert main(["--from", kind, "--to", there, str(here), str(out), "--verdict", "bits"]) == 0
+        here, kind = out, there
+    assert {file.name for file in here.iterdir()} == BESIDE | {"config.json", "model.safetensors"}
+    for name in BESIDE:
+        assert (here / name).read_bytes() == (hub / name).read_bytes()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (hub, here))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"):
+        assert after[name] == before[name] is not None
+
+
+def test_a_converted_run_may_move(native: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(native, tmp_path / "moved"))
+    assert kept_tokenizer(load_run(moved), moved).path == moved / "tokenizer/tokenizer.json"
+    assert NativeSource(moved).companions.tokenizer_files["chat_template.jinja"] == moved / "tokenizer/chat_template.jinja"
+
+
+def spoken_to(path: Path) -> tuple[Companions, list[int]]:
+    """What a directory says of how to speak with its model, and what that answers; runs on a rank."""
+    run = load_run(path)
+    loaded = load_language_model(run, path, initialize(run))
+    prompt = encode_prompt("w5 w17", loaded.tokenizer, loaded.companions.prompt_prefix)
+    engine = Engine(loaded.model, max_batch_size=1, max_length=32, vocab_size=BASE["vocab_size"])
+    tokens = engine.prefill(0, [Start(prompt, Sampling(temperature=0.0), seed=0)])
+    return loaded.companions, tokens + [engine.step().fetch()[0] for _ in range(8)]
+
+
+def test_it_is_spoken_to_as_its_source(hub: Path, native: Path, tmp_path: Path, run_ranks) -> None:
+    """The tokenizer's own beginning, all end tokens, the chat template, and so the same text; from run to run too."""
+    assert main(["--from", "native", "--to", "native", str(native), str(tmp_path / "again"), "--verdict", "bits"]) == 0
+    (theirs,), (ours,), (again,) = (run_ranks(spoken_to, 1, path) for path in (hub, native, tmp_path / "again"))
+    assert theirs == ours == again
+    companions = ours[0]
+    assert companions.prompt_prefix == (1,) and companions.end_tokens == {3, 11} and companions.chat_template
 
 
 def test_damage_is_named(native: Path, tmp_path: Path) -> None:

@@ -10,53 +10,15 @@ import pytest
 import torch
 from transformers import NemotronHForCausalLM
 
-from megatron_hybrid.config import RunConfig
+from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.hub import HubSource
+from megatron_hybrid.convert.native import NativeSource
 from megatron_hybrid.convert.rearrange import to_native
-from megatron_hybrid.convert.source import read_as
-from megatron_hybrid.generate.engine import Engine, Start
-from megatron_hybrid.generate.sampling import Sampling
-from megatron_hybrid.model.build import build_chunks
-from megatron_hybrid.model.hybrid import HybridModel
-from megatron_hybrid.substrate.groups import initialize
-from megatron_hybrid.substrate.transformer_config import build_transformer_config
-from tests.convert.checkpoints import BASE, SHAPES, random_hub_model
+from tests.convert.checkpoints import SHAPES, random_hub_model
+from tests.convert.our_side import NUM_NEW_TOKENS, TOKENS_BL, Found, loss_of, our_side, our_side_in_shards
 from tests.runs import small_run
-
-TOKENS_BL = torch.randint(BASE["vocab_size"], (2, 41), generator=torch.Generator().manual_seed(1))
-"""More than two chunks of 16."""
-NUM_NEW_TOKENS = 24
-Found = dict[str, Any]
-
-
-def our_side(path: Path, run: RunConfig) -> Found:
-    """Logits, gradients by parameter and greedy tokens of the model in a Hugging Face directory; runs on a rank."""
-    source = HubSource(path)
-    run = run.model_copy(update={"model": source.model})
-    substrate = initialize(run)
-    (model,) = build_chunks(run, build_transformer_config(run, substrate), substrate)
-    parameters = dict(model.named_global_parameters())
-    with torch.no_grad():
-        for each in correspondences(source.model):
-            tensors = read_as("native", source, each, torch.float32, source.model)
-            parameters.pop(each.parameter).copy_(torch.cat(tensors))
-    assert not parameters
-    logits_BLV = model(TOKENS_BL[:, :-1])
-    loss_of(logits_BLV).backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_global_parameters()}
-    return {"logits": logits_BLV.detach().numpy(), "gradients": gradients, "greedy": greedy(model.eval(), source.model.vocab_size)}
-
-
-def greedy(model: HybridModel, vocab_size: int) -> list[int]:
-    prompt = TOKENS_BL[0, :20].tolist()
-    engine = Engine(model, max_batch_size=1, max_length=len(prompt) + NUM_NEW_TOKENS, vocab_size=vocab_size)
-    tokens = engine.prefill(0, [Start(prompt, Sampling(temperature=0.0), seed=0)])
-    return tokens + [engine.step().fetch()[0] for _ in range(NUM_NEW_TOKENS - 1)]
-
-
-def loss_of(logits_BLV: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), TOKENS_BL[:, 1:].flatten())
+from tests.train.layouts import assemble
 
 
 def their_side(model: NemotronHForCausalLM) -> Found:
@@ -79,9 +41,24 @@ def test_ours_is_transformers_model(changes: dict[str, Any], tmp_path: Path, run
     theirs_model.save_pretrained(tmp_path / "hub")
     theirs = their_side(theirs_model)
     (ours,) = run_ranks(our_side, 1, tmp_path / "hub", small_run(tmp_path))
+    assert_same(ours, theirs, HubSource(tmp_path / "hub").model)
+
+
+def test_shards_for_two_tensor_ranks_and_two_stages_are_transformers_model(hub: Path, native: Path, run_ranks) -> None:
+    """``native`` was cut by ``--tensor 2 --pipeline 2``; four ranks load it and run it as what they are."""
+    theirs, model = their_side(random_hub_model()), HubSource(hub).model
+    assert len(list(NativeSource(native).path.glob("*.distcp"))) == 4
+    run = small_run(native, model=model.model_dump(), parallel={"tensor": 2, "pipeline": 2})
+    reports, found = zip(*run_ranks(our_side_in_shards, 4, native, run), strict=True)
+    last = [each for each in found if "logits" in each]
+    assert len(last) == 2 and all(each["greedy"] == last[0]["greedy"] for each in found)
+    for each in last:
+        assert_same({**each, "gradients": assemble(list(reports), 2)}, theirs, model)
+
+
+def assert_same(ours: Found, theirs: Found, model: ModelConfig) -> None:
     assert np.abs(theirs["logits"]).max() > 1, "the comparison must have something to compare"
     assert_near(ours["logits"], theirs["logits"], "logits", 1e-5)
-    model = HubSource(tmp_path / "hub").model
     for each in correspondences(model):
         expected = torch.cat(to_native(each, [theirs["gradients"][tensor.name] for tensor in each.hub], model))
         name = each.parameter

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,48 @@ def test_truncated_files_are_refused_by_tensor(native: Path, tmp_path: Path) -> 
     file.unlink()
     with pytest.raises(ValueError, match=r"is truncated: a file is missing or too short for decoder\.layers"):
         TorchDistReader(copy)
+
+
+class RunsCode:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_metadata_cannot_run_code(native: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(NativeSource(native).path, tmp_path / "copy"))
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    metadata.planner_data = RunsCode(tmp_path / "made")
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"\.metadata asks for posix.mkdir, which could run code, so it is not read"):
+        TorchDistReader(copy)
+    assert not (tmp_path / "made").exists()
+    pickle.loads((copy / ".metadata").read_bytes())
+    assert (tmp_path / "made").is_dir(), "the pickle must be one that would have"
+
+
+def outside(metadata: Any) -> None:
+    info = next(iter(metadata.storage_data.values()))
+    info.relative_path = "../" + info.relative_path
+
+
+def beyond(metadata: Any) -> None:
+    entry = metadata.state_dict_metadata["output_layer.weight"]
+    entry.size = torch.Size([8, *entry.size[1:]])
+
+
+@pytest.mark.parametrize(
+    "change", [outside, beyond, lambda metadata: metadata.storage_data.clear(), lambda metadata: vars(metadata).clear()]
+)
+def test_metadata_that_is_none_is_damaged(change: Callable[[Any], None], native: Path, tmp_path: Path) -> None:
+    original = (NativeSource(native).path / ".metadata").read_bytes()
+    metadata = pickle.loads(original)
+    change(metadata)
+    for damaged in (pickle.dumps(metadata), original[:-100], b"", b"hello", pickle.dumps([1])):
+        (tmp_path / ".metadata").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"\.metadata is damaged .*; copy it again|\.metadata is damaged: it is no list"):
+            TorchDistReader(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,26 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_is_not_whole_is_refused(change: Callable[[Path], Any], message: str, target: Path) -> None:
     change(target)
     with pytest.raises(ValueError, match=message):
+        HubSource(target)
+
+
+@pytest.mark.parametrize("case", ["missing tensor", "another vocabulary", "a stage mark in the pattern", "truncated file"])
+def test_the_command_refuses_in_one_line(case: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = REFUSED[case]
+    change(target)
+    assert main(["--from", "hf", "--to", "native", str(target), str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and re.search(message, line)
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [("{}", "has no weight_map"), ("[]", "is no JSON object"), ('{"weight_map": ["a"]}', "has no weight_map"), ("{", "is no JSON")],
+)
+def test_an_index_that_is_none_is_named(index: str, message: str, target: Path) -> None:
+    (target / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json {message}"):
         HubSource(target)
 
 

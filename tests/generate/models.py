@@ -12,6 +12,9 @@ import torch
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.tokenizer import HuggingFaceTokenizer
 from megatron_hybrid.generate.engine import Engine, Start
+from megatron_hybrid.generate.load import load_language_model
+from megatron_hybrid.generate.sampling import Sampling
+from megatron_hybrid.generate.stages import Stages
 from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.model.hybrid import HybridModel
 from megatron_hybrid.substrate.context import Substrate
@@ -57,3 +60,12 @@ def word_tokenizer() -> tokenizers.Tokenizer:
 
 def as_ours(tokenizer: tokenizers.Tokenizer) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+def continue_in_shards(run: RunConfig, path: Path, prompts: list[list[int]], num_new: int) -> dict[str, object]:
+    """What a directory's model makes of prompts in the run's layout, and how it is spoken to; runs on every rank."""
+    substrate = initialize(run)
+    language_model = load_language_model(run, path, substrate)
+    engine = Engine(language_model.model, max_batch_size=3, max_length=120, vocab_size=VOCAB_SIZE, stages=Stages.of(substrate))
+    tokens = generate(engine, [Start(prompt, Sampling(temperature=0.0), 0) for prompt in prompts], num_new)
+    return {"tokens": tokens, "companions": language_model.companions, "precision": run.train.precision}

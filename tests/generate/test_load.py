@@ -9,13 +9,9 @@ import pytest
 import torch
 
 from megatron_hybrid.config import RunConfig
-from megatron_hybrid.generate.engine import Engine, Start
-from megatron_hybrid.generate.load import load_language_model, load_run
-from megatron_hybrid.generate.sampling import Sampling
-from megatron_hybrid.generate.stages import Stages
-from megatron_hybrid.substrate.groups import initialize
-from tests.convert.checkpoints import BASE, random_hub_model
-from tests.generate.models import generate, random_prompts, word_tokenizer
+from megatron_hybrid.generate.load import load_run
+from tests.convert.checkpoints import random_hub_model
+from tests.generate.models import continue_in_shards, random_prompts, word_tokenizer
 
 NUM_NEW = 10
 
@@ -41,14 +37,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def on_ranks(run: RunConfig, path: Path, prompts: list[list[int]]) -> dict[str, object]:
-    substrate = initialize(run)
-    language_model = load_language_model(run, path, substrate)
-    engine = Engine(language_model.model, max_batch_size=3, max_length=120, vocab_size=BASE["vocab_size"], stages=Stages.of(substrate))
-    tokens = generate(engine, [Start(prompt, Sampling(temperature=0.0), 0) for prompt in prompts], NUM_NEW)
-    return {"tokens": tokens, "companions": language_model.companions, "precision": run.train.precision}
-
-
 def run_for(path: Path, **layout: int) -> RunConfig:
     run = load_run(path, **layout)
     return run.model_copy(update={"runtime": run.runtime.model_copy(update={"threads_per_rank": 1, "device": "cpu"})})
@@ -63,9 +51,9 @@ def test_a_directory_of_transformers_gives_its_tokens(hub: Path, run_ranks) -> N
             for _ in range(NUM_NEW):
                 tokens.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item())
         expected.append(tokens[len(prompt) :])
-    for layout in ({}, {"tensor": 2}):
+    for layout in ({}, {"tensor": 2}, {"tensor": 2, "pipeline": 2}):
         run = run_for(hub, **layout)
-        for report in run_ranks(on_ranks, run.parallel.model_ranks, run, hub, prompts):
+        for report in run_ranks(continue_in_shards, run.parallel.model_ranks, run, hub, prompts, NUM_NEW):
             assert report["tokens"] == expected and report["precision"] == "fp32"
     companions = report["companions"]
     assert companions.prompt_prefix == (2,) and companions.end_tokens == {3, 7}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -115,6 +116,72 @@ def test_a_verdict_against_a_target_is_exit_code_1(sources: dict[str, Path], tmp
     assert "verdict: FAILED" in (said := capsys.readouterr().out) and "is truncated" in said
 
 
+def test_another_vocabulary_is_a_failed_verdict(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = save_hub(tmp_path / "other", hybrid_override_pattern="M-*-", vocab_size=240)
+    assert main(["--from", "native", "--to", "hf", str(sources["native"]), str(other), "--verify-only"]) == 1
+    said = capsys.readouterr()
+    assert "round trip: 1 difference\n  configuration: vocab_size is 240, in the source 250\n" in said.out
+    assert said.out.endswith("verdict: FAILED\n") and "error" not in said.err
+
+
+def test_a_lost_file_is_a_failed_verdict(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = (Path(shutil.copytree(sources["hf"], tmp_path / name)) for name in ("source", "target"))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    assert main(["--from", "hf", "--to", "hf", str(source), str(target), "--verify-only", "--verdict", "bits"]) == 1
+    said = capsys.readouterr().out
+    assert "chat_template.jinja: not there, though the source has it" in said and "verdict: FAILED" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: whatever is written is kept, and the same command continues\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: [Errno 28] No space left on device; whatever is written is kept"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: [Errno 13] Permission denied: 'out'\n"),
+    ],
+    ids=["Ctrl-C", "full disk", "closed path"],
+)
+def test_what_stops_a_conversion_is_one_line(
+    error: BaseException,
+    code: int,
+    said: str,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("megatron_hybrid.convert.job.run_conversion", stop)
+    assert main(["--from", "hf", "--to", "native", str(sources["hf"]), str(tmp_path / "out")]) == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("missing", ["nothere.json", "nothere.yaml"])
+def test_a_configuration_that_is_not_there_is_the_users_to_mend(
+    missing: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--from", "megatron", "--to", "hf", str(sources["megatron"]), str(tmp_path / "out"), "--config", missing]
+    assert main(command) == 2
+    assert missing in (said := capsys.readouterr().err) and "kept" not in said
+
+
+def test_imports_may_be_interrupted() -> None:
+    """Ctrl-C while torch is being imported is one line too."""
+    interrupt = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "from tools.convert_checkpoint import main\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.exit(main(['--from', 'hf', '--to', 'native', 'source', 'target']))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", interrupt], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "interrupted: whatever is written is kept, and the same command continues\n")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -125,6 +192,7 @@ def test_a_verdict_against_a_target_is_exit_code_1(sources: dict[str, Path], tmp
         (["--to", "native", "--tensor", "3"], "does not divide by parallel.tensor=3"),
         (["--to", "native", "--pipeline", "9"], "asks for 9 stages"),
         (["--to", "native", "--tokenizer", "nowhere"], "tokenizer nowhere does not exist"),
+        (["--to", "native", "--verify-only"], "out does not exist, so there is nothing to verify"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -172,6 +240,6 @@ def test_layers_of_different_widths_are_filled_up_for_formats_with_one(
     assert back.model.ffn_hidden_size == 48 and torch.equal(fc1[:40], before.read("decoder.layers.1.mlp.linear_fc1.weight"))
     plan = plan_conversion(before, Layout())
     with pytest.raises(ValueError, match="has one width for all; fill them up with zeros first"):
-        hub_from_model(plan.model, style="hub", dtype="float32", max_position_embeddings=64, eos_token_id=None)
+        hub_from_model(plan.model, style="hub", dtype="float32", max_position_embeddings=64, token_ids={})
     with pytest.raises(ValueError, match="Megatron-LM has one width for all"):
         arguments_of(plan, 1)

@@ -16,10 +16,11 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
+from megatron_hybrid.convert.companions import Companions
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.job import PARTIAL, plan_conversion, publish, run_conversion
 from megatron_hybrid.convert.native import NativeSource, NativeTarget
-from megatron_hybrid.convert.source import Companions, Form
+from megatron_hybrid.convert.source import Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
 from megatron_hybrid.convert.target import Layout
 from tools.minipuzzle.candidate import Candidate
