@@ -1,5 +1,5 @@
 # make demo: the main job end to end on real text.  make minipuzzle: a compression end to end.  make vision: a RADIO on real photographs.
-# make test: every default test.
+# make test: every default test, in two processes of one thread each.
 # All make their own environment in .venv from setup.py's pins; PYTHON chooses the interpreter (3.10 to 3.12).
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ vision: $(VENV)/installed
 	$(BIN)/python examples/radio/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m slow

@@ -64,6 +64,7 @@ setup(
         # (0.44) or a newer megatron-core (0.47).
         "test": [
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
             "ruff==0.17.6",
             "safetensors==0.8.0",
             "openai==3.57.0",
