@@ -18,7 +18,7 @@ from megatron_hybrid.train.task import LossFunction, Metrics, StepData
 from vision_agglom.average import AveragedStudent
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.contract import TeacherFeatures
-from vision_agglom.fingerprint import describe_data, require_same, same_teachers
+from vision_agglom.fingerprint import describe_data, describe_new_spaces, require_same, same_teachers
 from vision_agglom.flops import training_flops_per_image
 from vision_agglom.geometry import cut_window
 from vision_agglom.heads import HeadShape
@@ -178,7 +178,11 @@ class Distillation:
 
     def weight_state(self, saved_data: dict[str, Any]) -> dict[str, ShardedTensor]:
         """Singular vectors, and the spaces that the heads of the same teachers learned to speak in."""
-        heads = tuple(f"targets.{name}.head." for name in same_teachers(saved_data, self.data_fingerprint()))
+        own_data = self.data_fingerprint()
+        new_spaces = describe_new_spaces(saved_data, own_data)
+        if new_spaces is not None and self.substrate.rank == 0:
+            print(f"checkpoint.initialize_from={self.run.checkpoint.initialize_from}: {new_spaces}", flush=True)
+        heads = tuple(f"targets.{name}.head." for name in same_teachers(saved_data, own_data))
         return self._shard_copies({name: tensor for name, tensor in self._named_state() if name.startswith((*heads, "spectral."))})
 
     @torch.no_grad()
