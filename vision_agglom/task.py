@@ -13,6 +13,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.checkpoint.sharding import shard_copies, shard_parameters
+from megatron_hybrid.checkpoint.store import complete_steps
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.train.task import LossFunction, Metrics, StepData
 from vision_agglom.average import AveragedStudent
@@ -88,7 +90,9 @@ class Distillation:
     def build_chunks(self) -> list[StudentModel]:
         """This rank's parts of the student."""
         self.chunks = build_student_chunks(self.run, self.head_shapes(), self.config, self.substrate)
-        if self.run.student.initialize_from is not None:
+        # A run that goes on takes everything from its own checkpoint: the file may have moved since.
+        is_new = not complete_steps(self.run.run_dir / CHECKPOINTS_NAME)
+        if self.run.student.initialize_from is not None and is_new:
             load_pretrained(self.chunks, self.run, self.substrate)
         if self.run.loss.mesa.weight:
             (second,) = build_student_chunks(self.run, self.head_shapes(), self.config, self.substrate)
