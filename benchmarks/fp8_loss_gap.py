@@ -1,10 +1,11 @@
 """How far float8 is from the run's own precision over a whole training: the same model, seed and data, trained once each way.
 
-    python -m benchmarks.fp8_loss_gap                                                         # minutes on a CPU: the quickstart's model
-    python -m benchmarks.fp8_loss_gap examples/minipuzzle/gpu_parent.yaml --option train.steps=400   # on a GPU
+    python -m benchmarks.fp8_loss_gap --option model.mamba_num_heads=16 --option model.mamba_head_dim=24 --option train.steps=400
+    python -m benchmarks.fp8_loss_gap examples/minipuzzle/gpu_parent.yaml --option model.mamba_num_heads=32      # on a GPU
 
 A fourth training is without float8 again, with micro-batches half as large: the same sums rounded otherwise, as near as two trainings get.
-The text is Python, and is prepared where the run's files are not there. A training that is there already goes on or is not repeated.
+The heads are such that in_proj's rows are a multiple of 16, as float8 wants them. The text is Python, whatever the run says, kept in
+--directory beside the trainings; what is there already goes on or is not repeated.
 The gap is (without - other) / without, averaged over --window steps: negative where the other is worse, as in Nemotron-H's figures 5 and 6.
 Prints the table of docs/cards/fp8_loss_gap.md and writes loss_gap.png beside the run directories.
 """
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.options import not_negative, positive
 from benchmarks.python_text import prepare_text
 from examples.quickstart.demo import run
-from megatron_hybrid.config import RunConfig, load_config
+from megatron_hybrid.config import ConfigError, RunConfig, load_config
+from megatron_hybrid.train.callbacks.float8 import describe_float8
 from megatron_hybrid.train.callbacks.metrics_file import metrics_path, read_metrics
 
 BASELINE, CONTROL = "without float8", "without, rounded otherwise"
@@ -78,23 +82,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", nargs="?", default="examples/quickstart/config.yaml", help="the run (default: %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of all four trainings")
-    parser.add_argument("--bf16-layers", type=int, default=2, help="layers kept out of float8 at each end (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=20, help="steps that a point of the curve averages (default: %(default)s)")
+    parser.add_argument("--bf16-layers", type=not_negative, default=2, help="layers kept out of float8 at each end (default: %(default)s)")
+    parser.add_argument("--window", type=positive, default=20, help="steps that a point of the curve averages (default: %(default)s)")
     parser.add_argument("--text-mb", type=float, default=128.0, help="Python text to learn from, in MB (default: 128)")
     parser.add_argument("--directory", type=Path, default=Path("runs/fp8_loss_gap"), help="for the trainings (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    config = load_config(arguments.config, arguments.option)
-    if config.train.micro_batch_size % 2 or config.train.steps is None:
-        parser.error(f"{arguments.config} needs an even train.micro_batch_size, which the control halves, and train.steps")
-    code = prepare_text(config, arguments.text_mb)
-    for name, options in variants(config, arguments.bf16_layers).items():
+    text = arguments.directory / "text"
+    own = [f"data.tokenizer.path={text / 'tokenizer.model'}", f"data.sources={{python: {text / 'python'}}}"]
+    options = [*arguments.option, *own, f"validation.sources={{python: {text / 'python.holdout'}}}"]
+    try:
+        config = load_config(arguments.config, options)
+        trainings = {name: [*options, *of_it] for name, of_it in variants(config, arguments.bf16_layers).items()}
+        runs = {name: load_config(arguments.config, of_it) for name, of_it in trainings.items()}
+    except ConfigError as error:
+        parser.error(str(error))
+    if arguments.window > config.train.steps:
+        parser.error(f"--window {arguments.window} is longer than the training of {config.train.steps} steps; give a smaller one")
+    code = prepare_text(text / "tokenizer.model", text / "python", config.model.vocab_size, arguments.text_mb)
+    for name, of_it in trainings.items():
         run_dir = f"run_dir={run_directory(arguments.directory, name)}"
-        code = code or run("megatron_hybrid", "pretrain", arguments.config, *arguments.option, *options, run_dir)
+        code = code or run("megatron_hybrid", "pretrain", arguments.config, *of_it, run_dir)
     if code:
         return code
-    losses = {name: read_losses(run_directory(arguments.directory, name)) for name in variants(config, arguments.bf16_layers)}
+    losses = {name: read_losses(run_directory(arguments.directory, name)) for name in trainings}
     gaps = {name: gap_to(losses[BASELINE], each, arguments.window) for name, each in losses.items() if name != BASELINE}
-    print(f"\n{describe(losses, gaps)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    which = {name: describe_float8(runs[name], device) for name in FLOAT8}
+    print("\n".join(["", *(line for lines in which.values() for line in lines), "", describe(losses, gaps)]))
     picture = arguments.directory / "loss_gap.png"
     figure = draw(losses[BASELINE], gaps, arguments.window)
     FigureCanvasAgg(figure)
@@ -104,7 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def variants(config: RunConfig, bf16_layers: int) -> dict[str, list[str]]:
-    """What each training is called -> its options."""
+    """What each training is called -> its own options.
+
+    Raises:
+        ConfigError: the micro-batches cannot be halved.
+    """
+    if config.train.micro_batch_size % 2:
+        raise ConfigError(f"train.micro_batch_size={config.train.micro_batch_size}: expected an even one, which the control halves")
     ends = [f"fp8.bf16_layers_at_start={bf16_layers}", f"fp8.bf16_layers_at_end={bf16_layers}"]
     options: dict[str, list[str]] = {BASELINE: [], CONTROL: [f"train.micro_batch_size={config.train.micro_batch_size // 2}"]}
     options |= {name: [f"fp8.recipe={recipe}", *ends] for name, recipe in FLOAT8.items()}

@@ -26,6 +26,7 @@ import torch
 from pydantic import ValidationError
 
 from benchmarks.gpu_step_comparison import compare, length_table, plot_lengths
+from benchmarks.options import picture
 from megatron_hybrid.config import Fp8Config, RunConfig
 from megatron_hybrid.config.errors import explain
 from megatron_hybrid.config.load import load_model
@@ -99,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens", type=int, help=f"tokens per step (default: those of the case; with --lengths at least {LEAST_TOKENS_OVER_LENGTHS})"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what --lengths gives")
+    parser.add_argument("--plot", type=picture, metavar="PNG", help="draw what --lengths gives")
     parser.add_argument("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs of ours")
     parser.add_argument(
         "--fp8-implementation",

@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parent_run = load_config(arguments.parent, arguments.parent_option)
     work_dir = load_minipuzzle(arguments.compression, arguments.option).work_dir
     work_dirs = [work_dir.with_name(f"{work_dir.name}-{seed}") for seed in range(1, arguments.seeds + 1)]
-    code = prepare_text(parent_run, arguments.text_mb) or run("megatron_hybrid", "pretrain", arguments.parent, *arguments.parent_option)
+    ((_, corpus),) = parent_run.data.sources.items()
+    code = prepare_text(parent_run.data.tokenizer.path, corpus, parent_run.model.vocab_size, arguments.text_mb)
+    code = code or run("megatron_hybrid", "pretrain", arguments.parent, *arguments.parent_option)
     if code:
         return code
     plans = [
@@ -128,7 +130,7 @@ def best_rate(tried: Mapping[float, Results]) -> float:
     for rate, loss in losses.items():
         print(f"  {rate:8.2e}  loss {loss:.4f}{'  <- for every seed' if rate == best else ''}")
     if len(losses) > 1 and best in (min(losses), max(losses)):
-        print("  the best is at the end of the list: try rates beyond it")
+        print("  the best is at the end of the list: try rates beyond it, in another work_dir (--option work_dir=...)")
     return best
 
 

@@ -7,20 +7,15 @@ import sysconfig
 from pathlib import Path
 
 from examples.quickstart.demo import NOT_LIBRARY, library_paths, run
-from megatron_hybrid.config import RunConfig
 
 
-def prepare_text(config: RunConfig, text_mb: float) -> int:
-    """Make a run's tokenizer and corpus where they are not there; return the exit code of the first step that fails."""
-    ((_, corpus),) = config.data.sources.items()
-    assert config.data.tokenizer is not None
-    tokenizer = config.data.tokenizer.path
+def prepare_text(tokenizer: Path, corpus: Path, vocab_size: int, text_mb: float) -> int:
+    """Make a tokenizer and a corpus (and ``CORPUS.holdout``) where there are none; return the exit code of the first step that fails."""
     text = ["--glob", "*.py", "--input", *python_text(text_mb)]
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     code = 0
     if not tokenizer.exists():
-        vocab_size = str(config.model.vocab_size)
-        code = run("tools.train_tokenizer", "--vocab-size", vocab_size, "--max-mb", "16", "--output", str(tokenizer), *text)
+        code = run("tools.train_tokenizer", "--vocab-size", str(vocab_size), "--max-mb", "16", "--output", str(tokenizer), *text)
     if not code and not corpus.with_name(corpus.name + ".json").exists():
         workers = str(os.cpu_count() or 1)
         options = ["--tokenizer", str(tokenizer), "--output", str(corpus), "--holdout", "0.02", "--workers", workers]

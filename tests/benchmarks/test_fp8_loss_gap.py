@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.fp8_loss_gap import BASELINE, CONTROL, Losses, describe, gap_to, variants
+from benchmarks.fp8_loss_gap import BASELINE, CONTROL, Losses, describe, gap_to, main, variants
 from megatron_hybrid.config import load_config
 
 STEPS = 50
@@ -41,6 +41,17 @@ def test_the_trainings_differ_in_their_arithmetic_alone() -> None:
         baseline = load_config("examples/quickstart/config.yaml", options[BASELINE])
         kept = baseline.model_copy(update={"fp8": run.fp8, "train": run.train})
         assert run == kept and run.train.micro_batch_size == (2 if name == CONTROL else 4)
+
+
+def test_wrong_options_end_before_any_training(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["--window", "900"], "--window 900 is longer than the training of 600 steps"),
+        (["--option", "train.micro_batch_size=1"], "train.micro_batch_size=1: expected an even one"),
+        (["--option", "train.stepz=1"], "did you mean 'train.steps'?"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert message in capsys.readouterr().err
 
 
 def test_the_table_names_every_training() -> None:

@@ -4,8 +4,9 @@
     TRITON_INTERPRET=0 python -m tests.ops.compile_kernels mamba_core,bfloat16,128,64,8,128     heads, head dim, groups, state
 
 Prints a JSON object per kernel: its warps, registers and bytes of spills a thread, bytes of shared memory, and how many instructions of
-the tensor cores (wgmma takes a warpgroup, which is four warps; mma any warp). The interpreter runs what a compiler may refuse, and knows
-no registers. `kernel_calls.py` says what is called.
+the tensor cores (wgmma takes a warpgroup, which is four warps; mma any warp). An operation that does not compile is an object with the
+``error``, and the others go on. The interpreter runs what a compiler may refuse, and knows no registers. `kernel_calls.py` says what is
+called.
 """
 
 from __future__ import annotations
@@ -112,8 +113,12 @@ def main() -> None:
     """Print the kernels of every OPERATION,DTYPE[,SIZES] of the command line."""
     for argument in sys.argv[1:]:
         operation, dtype, *sizes = argument.split(",")
-        for launch in recorded_launches(partial(CALLS[operation], getattr(torch, dtype), *map(int, sizes))):
-            print(json.dumps({"operation": operation, "dtype": dtype} | compile_for_hopper(launch)), flush=True)
+        about = {"operation": operation, "dtype": dtype}
+        try:
+            for launch in recorded_launches(partial(CALLS[operation], getattr(torch, dtype), *map(int, sizes))):
+                print(json.dumps(about | compile_for_hopper(launch)), flush=True)
+        except Exception as error:  # whatever the operation, Triton or the assembler says
+            print(json.dumps(about | {"error": f"{type(error).__name__}: {error}"}), flush=True)
 
 
 if __name__ == "__main__":
