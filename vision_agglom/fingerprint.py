@@ -59,7 +59,7 @@ def require_same(saved: dict[str, Any], own: dict[str, Any]) -> None:
 def same_teachers(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     """Names under which both runs have the same model, however it is shown and normalised: what a head says of it goes on being true.
 
-    None where another version of the project made the checkpoint.
+    Empty where another version of the project made the checkpoint.
     """
     if _describe_other_version(saved, own) is not None:
         return []
