@@ -25,7 +25,7 @@ from tools.minipuzzle.solver import solve
 
 PAPER = Path(__file__).parents[3] / "examples/minipuzzle/nemotron_h_56b.yaml"
 SOLVER_TIME_LIMIT_S = 250.0
-"""For an optimum that a test asks to be proven, on whatever host: milliseconds for a small model, seconds for the 56B, but of an idle core."""
+"""For an optimum that a test asks to be proven, on whatever host; an idle core takes milliseconds, and seconds for the 56B."""
 SMALL = ModelConfig(
     pattern="M-*M--*M",
     hidden_size=32,
