@@ -36,13 +36,6 @@ from tools.minipuzzle.scores import load_scores, read_json, save_scores, synthet
 from tools.minipuzzle.search import damage_of
 
 
-@pytest.fixture
-def copy(work: WorkFiles, tmp_path: Path) -> WorkFiles:
-    """A finished compression whose files may be changed."""
-    shutil.copytree(work.work_dir, tmp_path / "work")
-    return WorkFiles(tmp_path / "work")
-
-
 def plan_in(copy: WorkFiles, folder: Path, **sections: Any) -> MiniPuzzleConfig:
     return whole_plan(folder, work_dir=copy.work_dir, **sections)
 
