@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         best = best_rate({rate: load_results(WorkFiles(copy)) for rate, copy in tried.items()})
         plans = [[*plan, finetune_rate(best)] for plan in plans]
+        keep_trial(tried[best], work_dirs[0])
     code = run_together([[*plan, *shared] for plan in plans], work_dirs, arguments.jobs)
     for plan in plans:
         code = code or run("tools.minipuzzle", "run", *plan)
@@ -120,6 +121,15 @@ def copy_for_rate(work_dir: Path, rate: float) -> Path:
         shutil.copytree(work_dir / name, partial / name, copy_function=os.link)
     partial.rename(copy)
     return copy
+
+
+def keep_trial(trial: Path, work_dir: Path) -> None:
+    """Link the trainings of the rate that won to where the compression that it was copied from has its own, unless some are there."""
+    if not (work_dir / "finetune").exists():
+        partial = work_dir / "finetune.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(trial / "finetune", partial, copy_function=os.link)
+        partial.rename(work_dir / "finetune")
 
 
 def best_rate(tried: Mapping[float, Results]) -> float:

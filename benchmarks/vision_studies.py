@@ -87,6 +87,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.batch % 4 or arguments.batch % arguments.ranks:
         parser.error(f"--batch {arguments.batch} must be a multiple of 4, and of --ranks {arguments.ranks}")
+    if arguments.study == "partitions" and arguments.steps < 2:
+        parser.error(f"--steps {arguments.steps} must be at least 2 for partitions: the first step warms up and is not timed")
     silence_known_warnings()
     study = STUDIES[arguments.study]
     make_images(arguments.images)

@@ -5,6 +5,7 @@ Where ranks divide the teachers none holds them all at any time: a set that fits
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -95,6 +96,8 @@ def _measure_one_at_a_time(run: VisionConfig, substrate: Substrate, load: LoadTe
         check_facts(run, facts)
         costs[spec.name] = measure_cost(run, TeacherPanel([spec], facts, teachers, substrate, None, dtype), spec.name)
         teachers.clear()
+        # A library's model may refer to itself: then it goes when the collector comes, which may be after the next one is loaded.
+        gc.collect()
         if substrate.device.type == "cuda":
             torch.cuda.empty_cache()
     return costs

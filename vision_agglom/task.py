@@ -13,12 +13,14 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_hybrid.checkpoint.sharding import shard_copies, shard_parameters
+from megatron_hybrid.checkpoint.store import complete_steps
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from megatron_hybrid.substrate.context import Substrate
 from megatron_hybrid.train.task import LossFunction, Metrics, StepData
 from vision_agglom.average import AveragedStudent
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.contract import TeacherFeatures
-from vision_agglom.fingerprint import describe_data, require_same, same_teachers
+from vision_agglom.fingerprint import describe_data, describe_new_spaces, require_same, same_teachers
 from vision_agglom.flops import training_flops_per_image
 from vision_agglom.geometry import cut_window
 from vision_agglom.heads import HeadShape
@@ -88,7 +90,9 @@ class Distillation:
     def build_chunks(self) -> list[StudentModel]:
         """This rank's parts of the student."""
         self.chunks = build_student_chunks(self.run, self.head_shapes(), self.config, self.substrate)
-        if self.run.student.initialize_from is not None:
+        # A run that goes on takes everything from its own checkpoint: the file may have moved since.
+        is_new = not complete_steps(self.run.run_dir / CHECKPOINTS_NAME)
+        if self.run.student.initialize_from is not None and is_new:
             load_pretrained(self.chunks, self.run, self.substrate)
         if self.run.loss.mesa.weight:
             (second,) = build_student_chunks(self.run, self.head_shapes(), self.config, self.substrate)
@@ -178,7 +182,11 @@ class Distillation:
 
     def weight_state(self, saved_data: dict[str, Any]) -> dict[str, ShardedTensor]:
         """Singular vectors, and the spaces that the heads of the same teachers learned to speak in."""
-        heads = tuple(f"targets.{name}.head." for name in same_teachers(saved_data, self.data_fingerprint()))
+        own_data = self.data_fingerprint()
+        new_spaces = describe_new_spaces(saved_data, own_data)
+        if new_spaces is not None and self.substrate.rank == 0:
+            print(f"checkpoint.initialize_from={self.run.checkpoint.initialize_from}: {new_spaces}", flush=True)
+        heads = tuple(f"targets.{name}.head." for name in same_teachers(saved_data, own_data))
         return self._shard_copies({name: tensor for name, tensor in self._named_state() if name.startswith((*heads, "spectral."))})
 
     @torch.no_grad()

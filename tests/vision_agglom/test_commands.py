@@ -128,3 +128,15 @@ def test_export_refuses_before_it_reads_a_checkpoint(output: str, options: list[
     code, _, err = command(["export", str(tmp_path), str(tmp_path / output), *options])
     assert code == 2 and finding in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_evaluated_is_refused_where_it_would_be_and_not_by_export(config: Path, tmp_path: Path) -> None:
+    run = yaml.safe_load(config.read_text())
+    run["evaluation"] |= {"labelled_train": "x", "labelled_test": "x", "zero_shot": {"teacher": "sam", "class_names": ["a", "b"]}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(run))
+    for arguments in (["train", str(file)], ["describe", str(file)], ["evaluate", str(tmp_path)]):
+        code, _, err = command(arguments)
+        assert code == 2 and err == "error: evaluation.zero_shot.teacher=sam: expected one whose summary is learned, of ['siglip']\n"
+    code, _, err = command(["export", str(tmp_path), str(tmp_path / "out"), "--image-side", "100"])
+    assert code == 2 and "zero_shot" not in err and "--image-side: 100 is no multiple" in err

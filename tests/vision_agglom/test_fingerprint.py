@@ -11,7 +11,7 @@ import pytest
 from tests.vision_agglom.small import FACTS, small_vision_run
 from vision_agglom.config.distill import DistilledTeacherConfig
 from vision_agglom.config.schema import VisionConfig
-from vision_agglom.fingerprint import describe_data, require_same, same_teachers
+from vision_agglom.fingerprint import VERSION, describe_data, describe_new_spaces, require_same, same_teachers
 
 CHANGES: dict[str, Any] = {
     "library": "transformers",
@@ -78,3 +78,26 @@ def test_heads_are_kept_for_the_same_model_however_it_is_shown(option: str, is_s
     other = describe_data(with_first_teacher(run, **{option: CHANGES[option]}), FACTS, {"seed": 1})
     assert ("clip" in same_teachers(saved(run), other)) == is_same
     assert "dino" in same_teachers(saved(run), other)
+
+
+def test_heads_that_begin_anew_are_named(run: VisionConfig) -> None:
+    other = describe_data(with_first_teacher(run, revision="v1.0"), FACTS, {"seed": 1})
+    assert describe_new_spaces(saved(run), describe_data(run, FACTS, {"seed": 1})) is None
+    message = describe_new_spaces(saved(run), other)
+    assert message is not None and "of its first targets: clip (the checkpoint has other models under these names" in message
+
+
+def test_a_record_of_another_version_is_said_to_be_one(run: VisionConfig) -> None:
+    """The first did not say its version, and its keys were others."""
+    first = {"images": {"seed": 1}, "teachers": {"clip": {"model": "x:None", "view": "match"}}, "statistics": {"steps": 3}}
+    own = describe_data(run, FACTS, {"seed": 1})
+    with pytest.raises(ValueError) as refusal:
+        require_same(first, own)
+    assert f"made by an earlier version of this project (its record of the targets has version 1, not {VERSION})" in str(refusal.value)
+    assert "finish the run with the version that began it, or start a new run from its weights" in str(refusal.value)
+    assert "restore these options" not in str(refusal.value) and "\n" not in str(refusal.value)
+    assert same_teachers(first, own) == []
+    message = describe_new_spaces(first, own)
+    assert message is not None and "clip, dino, sam (the checkpoint was made by an earlier version" in message
+    with pytest.raises(ValueError, match="made by a later version"):
+        require_same(saved(run) | {"version": VERSION + 1}, own)

@@ -40,7 +40,9 @@ def muster(run: VisionConfig) -> Loads:
     def load(spec: TeacherConfig, device: torch.device, dtype: torch.dtype) -> RandomTeacher:
         loads.names.append(spec.name)
         loads.alive_before.append(len(alive))
-        teacher = RandomTeacher(spec, device, dtype)
+        teacher: Any = RandomTeacher(spec, device, dtype)
+        # As libraries' models may, so that counting references alone would not free it.
+        teacher.itself = teacher
         alive.add(teacher)
         return teacher
 

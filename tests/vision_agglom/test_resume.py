@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_hybrid.checkpoint.store import step_name
 from tests.train.training import raised_by
 from tests.vision_agglom.small import small_vision_run
 from tests.vision_agglom.test_layout_parity import EVERYTHING
 from tests.vision_agglom.training import train_vision
+from vision_agglom import task
 from vision_agglom.config.schema import VisionConfig
 
 MESA = {"loss": {"balance": "adaloss", "mesa": {"weight": 0.5, "momentum": 0.9}, "shift_patches": 1}}
@@ -48,6 +51,17 @@ def test_resume_in_another_layout(layout: dict[str, Any], tmp_path: Path, run_ra
     reports = run_ranks(train_vision, 2, small_vision_run(tmp_path / "halves", parallel=layout, **EVERYTHING))
     for report in reports:
         np.testing.assert_allclose(report.losses, whole.losses[2:], rtol=1e-5)
+
+
+def test_a_file_that_a_new_run_starts_from_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been moved, or be one that is now refused."""
+    monkeypatch.setattr(task, "build_student_chunks", lambda *_: [])
+    run = small_vision_run(tmp_path, student={"initialize_from": tmp_path / "moved.pth"})
+    distillation: Any = SimpleNamespace(run=run, config=None, substrate=None, head_shapes=list)
+    with pytest.raises(ValueError, match="student.initialize_from=.*No such file"):
+        task.Distillation.build_chunks(distillation)
+    (run.run_dir / "checkpoints" / step_name(2)).mkdir(parents=True)
+    assert task.Distillation.build_chunks(distillation) == []
 
 
 def refusal(run: VisionConfig) -> str:

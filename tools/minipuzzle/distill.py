@@ -114,6 +114,11 @@ def _require_same_training(run_dir: Path, present: Inputs) -> None:
 
     if complete_steps(run_dir / CHECKPOINTS_NAME):
         advice = f"Remove {run_dir} to train anew, choose another work_dir, or go back to what it was made from"
+        if not (run_dir / MADE_FROM).exists():
+            raise ValueError(
+                f"{run_dir} has checkpoints, but no {MADE_FROM} to say what they were made from, as those of earlier versions have none; "
+                "whether they fit the present options cannot be told. Remove the directory to train anew, or choose another work_dir"
+            )
         recorded = read_json(run_dir / MADE_FROM, advice)
         require_same({name: recorded.get(name) for name in present}, present, run_dir, advice)
 

@@ -1,8 +1,8 @@
 """What the files of a compression were made from, as each of them records it, and whether that still holds.
 
 Every file has a ``made_from``: the options that decide its content, by the names they have in the YAML, and digests of what was read. What
-only says how the work is shared (layout, micro-batches, threads) is not in it. A file that no longer holds is made anew, or refused where
-it cost a training.
+only says where the work is done and how it is shared (device, layout, micro-batches, threads, kernels) is not in it, except for times. A
+file that no longer holds is made anew, or refused where it cost a training.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config import DataConfig, RunConfig, RuntimeConfig
+from megatron_hybrid.config import DataConfig, RunConfig
+from tools.minipuzzle.config import MiniPuzzleConfig
+from tools.minipuzzle.files import WorkFiles
+from tools.minipuzzle.latency import load_latency
 from tools.minipuzzle.parent import Parent, weights_digest
 from tools.minipuzzle.scores import Scores
 from tools.minipuzzle.search import ffn_choices, width_choices
@@ -52,20 +55,25 @@ def scoring_inputs(parent: Parent) -> Inputs:
 
 
 def search_inputs(parent: Parent, scores: Scores) -> Inputs:
-    """What decides the candidates; of a parent without weights, which is not run, the scores and the options alone."""
-    options = {"scores": scores.digest, "search": parent.config.search.model_dump(mode="json")}
-    if parent.checkpoint is None:
-        return options
-    limit_ms = parent.config.search.latency.limit_ms
-    measured = {} if limit_ms is None else {"latency": latency_inputs(parent)}
-    return evaluation_inputs(parent) | options | measured
+    """What decides the candidates; of a parent without weights, which is not run, what was read and the options alone.
+
+    Times of layers count by what ``latency.json`` holds, wherever it was measured: candidates hold on every machine.
+
+    Raises:
+        ValueError: ``latency.json`` is damaged.
+    """
+    search, file = parent.config.search, WorkFiles(parent.config.work_dir).latency
+    is_limited = search.latency.limit_ms is not None
+    inputs: Inputs = {"scores": scores.digest, "search": search.model_dump(mode="json", exclude=None if is_limited else {"latency"})}
+    if is_limited:
+        inputs["latency"] = load_latency(file).digest if file.exists() else None
+    return inputs if parent.checkpoint is None else evaluation_inputs(parent) | inputs
 
 
 def latency_inputs(parent: Parent) -> Inputs:
     """What decides the times of layers."""
     config, setting = parent.config, parent.config.search.latency
-    return {
-        "device": _device_name(config.runtime),
+    return _device_and_its_use(config) | {
         "model": parent.model.model_dump(mode="json", exclude={"pattern"}),
         "batch": {"precision": parent.batch.precision},
         "parallel": {"tensor": config.parallel.tensor},
@@ -119,8 +127,7 @@ def initial_weights(run: RunConfig) -> Inputs:
 
 def timing_inputs(parent: Parent, winner: str) -> Inputs:
     """What decides the speed of parent and child; the child's shape is in the winner's name."""
-    return {
-        "device": _device_name(parent.config.runtime),
+    return _device_and_its_use(parent.config) | {
         "model": parent.model.architecture(),
         "winner": winner,
         "batch": {"precision": parent.batch.precision},
@@ -136,13 +143,18 @@ def _text_of(data: DataConfig) -> Inputs:
     return data.model_dump(mode="json", include={"sources", "phases", "sequence_length", "reset_at_documents"})
 
 
-def _device_name(runtime: RuntimeConfig) -> str:
+def _device_and_its_use(config: MiniPuzzleConfig) -> Inputs:
+    """What decides any time, whatever is timed. CPU threads do nothing for a GPU's."""
     import torch
 
     from megatron_hybrid.substrate.environment import device_name
 
-    has_cuda = runtime.device != "cpu" and torch.cuda.is_available()
-    return device_name(torch.device("cuda", 0) if has_cuda else torch.device("cpu"))
+    has_cuda = config.runtime.device != "cpu" and torch.cuda.is_available()
+    inputs = {
+        "device": device_name(torch.device("cuda", 0) if has_cuda else torch.device("cpu")),
+        "kernels": config.kernels.model_dump(mode="json"),
+    }
+    return inputs if has_cuda else inputs | {"runtime": {"threads_per_rank": config.runtime.threads_per_rank}}
 
 
 def _flat(value: Any, name: str = "") -> Inputs:

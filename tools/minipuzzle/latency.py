@@ -8,6 +8,8 @@ Measuring is in ``timing.py``; here is the arithmetic, which imports no torch.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,12 @@ class LatencyModel:
     times: tuple[LayerTimes, ...]
     made_from: dict[str, Any] = field(default_factory=dict)
     """How they were measured (``inputs.latency_inputs``)."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of the times, which an edit of one changes."""
+        text = json.dumps([asdict(times) for times in self.times], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def of(self, hidden_size: int, mamba_num_heads: int, mamba_head_dim: int) -> LayerTimes:
         """Return the times at these widths.

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_hybrid.config import ConfigError
 from vision_agglom.config.load import load_config
 from vision_agglom.config.schema import VisionConfig
 
@@ -25,9 +24,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(config: str, overrides: Sequence[str]) -> VisionConfig | None:
-    """The run, or None after saying what is wrong with it."""
+    """The run, or None after saying what is wrong with it, its evaluation included: no run is trained that could not be measured."""
     try:
-        return load_config(config, overrides)
-    except ConfigError as error:
+        run = load_config(config, overrides)
+        run.check_evaluation()
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return None
+    return run

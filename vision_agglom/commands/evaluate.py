@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         run = load_run(arguments.run_dir, arguments.overrides)
+        run.check_evaluation()
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

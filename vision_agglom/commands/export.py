@@ -26,7 +26,8 @@ _EPILOG = """examples:
 Writes OUTPUT/radio.pth (torch.hub, NVlabs/RADIO's loader; heads and adaptors included), OUTPUT/transformers/ (RadioModel; the backbone)
 and OUTPUT/radio.onnx (backbone and heads for one image side, compared with torch in onnxruntime). Spectral scales are multiplied into the
 weights, and heads speak the teachers' own spaces. A format that cannot be such a student is left out, saying why; it is an error where
---formats names it, or where none is left.
+--formats names it, or where none is left. An ONNX graph that says something else than torch is not
+kept, nor is an older one, and the export ends with exit code 1.
 """
 
 
@@ -79,11 +80,13 @@ def _export(arguments: argparse.Namespace, run: VisionConfig, substrate: Substra
 
 def write_formats(trained: TrainedStudent, output: Path, side: int, formats: Sequence[str]) -> list[str]:
     """Write those formats that can be such a student, saying of the others why they cannot; return the ones written."""
+    from vision_agglom.export.unsupported import UnsupportedStudentError
+
     written = []
     for name in formats:
         try:
             line = _FORMATS[name](trained, output, side)
-        except ValueError as error:
+        except UnsupportedStudentError as error:
             print(f"{name} is not written: {error}", file=sys.stderr, flush=True)
         else:
             print(line, flush=True)

@@ -19,7 +19,7 @@ from megatron_hybrid.config.schema import (
     Section,
 )
 from vision_agglom.config.distill import DistilledTeacherConfig, HeadConfig, LossConfig, StatisticsConfig
-from vision_agglom.config.evaluation import TEXT_LIBRARIES, EvaluationConfig, ZeroShotConfig
+from vision_agglom.config.evaluation import TEXT_LIBRARIES, EvaluationConfig
 from vision_agglom.config.images import ImagesConfig
 from vision_agglom.config.schedule import PartitionConfig, StageConfig
 from vision_agglom.config.student import StudentConfig
@@ -166,6 +166,28 @@ class VisionConfig(Section):
             for number, partition in enumerate(stage.partitions):
                 _check_batch(partition, f"stages.{index}.partitions.{number}", self.parallel, data_size)
 
+    def check_evaluation(self) -> None:
+        """Refuse a run that can be trained and exported, but not evaluated. For whoever is going to evaluate: export needs none of it.
+
+        Raises:
+            ValueError: the teacher of ``evaluation.zero_shot`` learns no summary or has no text tower.
+        """
+        options = self.evaluation.zero_shot
+        if options is None:
+            return
+        where = f"evaluation.zero_shot.teacher={options.teacher}"
+        learned = [teacher.name for teacher in self.teachers if teacher.summary_loss != "none"]
+        if options.teacher not in learned:
+            raise ValueError(f"{where}: expected one whose summary is learned, of {learned}")
+        teacher = self.teacher(options.teacher)
+        if teacher.library not in TEXT_LIBRARIES:
+            raise ValueError(f"{where}: library={teacher.library} has no text towers; name a teacher of {' or '.join(TEXT_LIBRARIES)}")
+        if not teacher.pretrained and options.text_model is None:
+            raise ValueError(
+                f"{where} has pretrained=false, and a twin comes without a text tower; give evaluation.zero_shot.text_model, or drop "
+                "zero_shot"
+            )
+
     def architecture(self) -> dict[str, Any]:
         """What the configuration says of the weights; the teachers' widths come with the teachers."""
         return self.student.architecture() | {"teachers": list(self.teacher_names), "num_prefix_tokens": self.num_prefix_tokens}
@@ -192,24 +214,8 @@ class VisionConfig(Section):
             raise ValueError("train.teacher_costs must give every teacher's cost, or none")
         for resolution in (*self.evaluation.resolutions, self.evaluation_resolution):
             _check_resolution(resolution, "evaluation", self.student)
-        if self.evaluation.zero_shot is not None:
-            self._check_zero_shot(self.evaluation.zero_shot)
         self._check_layout()
         return self
-
-    def _check_zero_shot(self, options: ZeroShotConfig) -> None:
-        where = f"evaluation.zero_shot.teacher={options.teacher}"
-        learned = [teacher.name for teacher in self.teachers if teacher.summary_loss != "none"]
-        if options.teacher not in learned:
-            raise ValueError(f"{where}: expected one whose summary is learned, of {learned}")
-        teacher = self.teacher(options.teacher)
-        if teacher.library not in TEXT_LIBRARIES:
-            raise ValueError(f"{where}: library={teacher.library} has no text towers; name a teacher of {' or '.join(TEXT_LIBRARIES)}")
-        if not teacher.pretrained and options.text_model is None:
-            raise ValueError(
-                f"{where} has pretrained=false, and a twin comes without a text tower; give evaluation.zero_shot.text_model, or drop "
-                "zero_shot"
-            )
 
     def _check_layout(self) -> None:
         student, tensor = self.student, self.parallel.tensor

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from megatron_hybrid.substrate.context import Substrate
 from vision_agglom.config.evaluation import ZeroShotConfig
@@ -19,7 +18,7 @@ from vision_agglom.evaluate.linear_probe import fit_linear_probe
 from vision_agglom.evaluate.matching import MatchStatistics
 from vision_agglom.evaluate.mode_switch import ScaleEquivariance
 from vision_agglom.evaluate.rankme import RankMe
-from vision_agglom.evaluate.segmentation import PatchBatch, evaluate_segmentation, fit_segmentation_probe, mean_iou
+from vision_agglom.evaluate.segmentation import PatchBatch, class_shares, evaluate_segmentation, fit_segmentation_probe, mean_iou
 from vision_agglom.evaluate.zero_shot import embed_classes, load_text_tower, zero_shot_predict
 from vision_agglom.images.labelled import LabelledBatch, check_labels, read_labelled
 from vision_agglom.images.open_source import open_source
@@ -235,8 +234,7 @@ class Evaluation:
     def _labels_as_features(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Share of each class in every patch of the student's grid, and in the whole image."""
         assert batch.masks_BHW is not None
-        is_class_BKHW = torch.stack([batch.masks_BHW == index for index in range(self.run.evaluation.num_classes)], 1)
-        shares_BKhw = avg_pool2d(is_class_BKHW.float(), self.run.student.patch_size)
+        shares_BKhw = class_shares(batch.masks_BHW, self.run.evaluation.num_classes, self.run.student.patch_size)
         return shares_BKhw.mean((2, 3)), shares_BKhw.flatten(2).mT, (shares_BKhw.shape[2], shares_BKhw.shape[3])
 
     def _placed(self, batch: LabelledBatch) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 from vision_agglom.evaluate.classes import require_classes
 
@@ -23,6 +23,12 @@ class PatchBatch:
     grid: tuple[int, int]
     masks_BHW: Tensor
     """uint8, 255 where a pixel counts for nothing."""
+
+
+def class_shares(masks_BHW: Tensor, num_classes: int, patch_size: int) -> Tensor:
+    """Return the share of each class in every patch, fp32 [B, classes, rows, columns]."""
+    # Class by class: all of them at the size of the images are gigabytes where classes are many.
+    return torch.stack([avg_pool2d((masks_BHW == index).float(), patch_size) for index in range(num_classes)], 1)
 
 
 def confusion(predicted: Tensor, actual: Tensor, num_classes: int) -> Tensor:

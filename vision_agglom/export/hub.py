@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from vision_agglom.export.unsupported import UnsupportedStudentError
 from vision_agglom.plain.radio import PlainHeadShape, PlainRadio
 from vision_agglom.plain.vit import PlainViTShape
 
@@ -46,7 +47,7 @@ def write_hub_checkpoint(radio: PlainRadio, path: Path, *, input_side: int, teac
         teachers: further plain facts of each teacher, in order, such as ``model`` and ``pretrained``.
 
     Raises:
-        ValueError: NVlabs' loader cannot build such a student, or could not tell its heads apart.
+        UnsupportedStudentError: NVlabs' loader cannot build such a student, or could not tell its heads apart.
     """
     args = hub_arguments(radio, input_side, teachers)
     partial = path.with_name(path.name + ".partial")
@@ -60,7 +61,7 @@ def hub_arguments(radio: PlainRadio, input_side: int, teachers: list[dict[str, A
     """Return ``args``: plain values alone.
 
     Raises:
-        ValueError: see ``write_hub_checkpoint``.
+        UnsupportedStudentError: see ``write_hub_checkpoint``.
     """
     shape = radio.shape
     _check(shape, radio.head_shapes)
@@ -131,18 +132,20 @@ def ratio_for(hidden: int, width: int) -> float:
 
 def _check(shape: PlainViTShape, heads: tuple[PlainHeadShape, ...]) -> None:
     if shape.mlp != "gelu":
-        raise ValueError(
+        raise UnsupportedStudentError(
             "NVlabs' loader builds SwiGLU students as another architecture (dino_v2_g_student), whose files are not written here; "
             "transformers and onnx are"
         )
     if shape.norm_eps != 1e-6:
-        raise ValueError(f"NVlabs' loader builds norms with eps 1e-6, this student's is {shape.norm_eps}")
+        raise UnsupportedStudentError(f"NVlabs' loader builds norms with eps 1e-6, this student's is {shape.norm_eps}")
     if shape.patch_bias:
-        raise ValueError("NVlabs' patch embedding has no bias, this student's has one")
+        raise UnsupportedStudentError("NVlabs' patch embedding has no bias, this student's has one")
     names = [head.name for head in heads]
     for name in names:
         others = [other for other in names if other != name and other.startswith(name)]
         if others or names.count(name) > 1:
-            raise ValueError(f"heads are looked up by prefix, and {name!r} is one of {(others or [name])[0]!r}; rename the teacher")
+            raise UnsupportedStudentError(
+                f"heads are looked up by prefix, and {name!r} is one of {(others or [name])[0]!r}; rename the teacher"
+            )
     if [head.token for head in heads] != list(range(len(heads))) or shape.num_cls_tokens != len(heads):
-        raise ValueError("NVlabs' loader counts one class token per teacher, in the teachers' order; this student has others")
+        raise UnsupportedStudentError("NVlabs' loader counts one class token per teacher, in the teachers' order; this student has others")

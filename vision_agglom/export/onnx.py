@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_hybrid.substrate.exit_codes import RunError
 from vision_agglom.plain.radio import PlainRadio
 
 OPSET = 18
@@ -52,7 +53,8 @@ def write_onnx(radio: PlainRadio, path: Path, *, image_side: int) -> float:
     table is resampled to it when the graph is made.
 
     Raises:
-        ValueError: the side is no multiple of the patch, or onnxruntime says something else than torch.
+        ValueError: the side is no multiple of the patch.
+        RunError: onnxruntime says something else than torch; then no graph is left under ``path``, an older one neither.
     """
     if image_side % radio.shape.patch_size:
         raise ValueError(f"image_side={image_side} is no multiple of the patch of {radio.shape.patch_size} pixels")
@@ -77,9 +79,11 @@ def write_onnx(radio: PlainRadio, path: Path, *, image_side: int) -> float:
             verbose=False,
         )
     difference = compare_onnx(radio, partial, image_side)
+    for stale in (path, path.with_name(path.name + ".data")):
+        stale.unlink(missing_ok=True)
     if not difference <= TOLERANCE:
         shutil.rmtree(partial.parent)
-        raise ValueError(f"{path}: onnxruntime's outputs differ from torch's by {difference:.1e} of the largest, more than {TOLERANCE}")
+        raise RunError(f"{path}: onnxruntime's outputs differ from torch's by {difference:.1e} of the largest, more than {TOLERANCE}")
     for file in partial.parent.iterdir():
         file.replace(path.parent / file.name)
     partial.parent.rmdir()

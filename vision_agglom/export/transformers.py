@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import RadioConfig, RadioModel
 
 from vision_agglom.export.hub import ratio_for
+from vision_agglom.export.unsupported import UnsupportedStudentError
 from vision_agglom.plain.radio import PlainRadio
 from vision_agglom.plain.vit import PlainViT, PlainViTShape
 
@@ -21,7 +22,7 @@ def to_transformers(radio: PlainViT, *, image_side: int) -> RadioModel:
         image_side: side in pixels that the configuration names as usual.
 
     Raises:
-        ValueError: RadioModel cannot be such a student.
+        UnsupportedStudentError: RadioModel cannot be such a student.
     """
     config = _config(radio.shape, image_side)
     model = RadioModel(config)
@@ -33,7 +34,7 @@ def write_transformers(radio: PlainRadio, folder: Path, *, image_side: int) -> N
     """Write config.json, model.safetensors and preprocessor_config.json.
 
     Raises:
-        ValueError: see ``to_transformers``.
+        UnsupportedStudentError: see ``to_transformers``.
     """
     model = to_transformers(radio, image_side=image_side)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +55,11 @@ def write_transformers(radio: PlainRadio, folder: Path, *, image_side: int) -> N
 
 def _config(shape: PlainViTShape, image_side: int) -> RadioConfig:
     if shape.final_norm:
-        raise ValueError("transformers' RadioModel has no norm behind the last block, this student has one (student.final_norm)")
+        raise UnsupportedStudentError(
+            "transformers' RadioModel has no norm behind the last block, this student has one (student.final_norm)"
+        )
     if shape.patch_bias:
-        raise ValueError("transformers' RadioModel has no bias in the patch embedding, this student has one")
+        raise UnsupportedStudentError("transformers' RadioModel has no bias in the patch embedding, this student has one")
     width, hidden = shape.hidden_size, shape.mlp_hidden_size or 4 * shape.hidden_size
     ratio = ratio_for(hidden, width) if shape.mlp == "gelu" else _swiglu_ratio(hidden, width)
     return RadioConfig(
@@ -83,7 +86,9 @@ def _config(shape: PlainViTShape, image_side: int) -> RadioConfig:
 def _swiglu_ratio(hidden: int, width: int) -> float:
     """RadioModel keeps two thirds of width x ratio, rounded up to a multiple of 8."""
     if hidden % 8:
-        raise ValueError(f"transformers' RadioModel has gated MLPs of widths that are multiples of 8, this student's is {hidden}")
+        raise UnsupportedStudentError(
+            f"transformers' RadioModel has gated MLPs of widths that are multiples of 8, this student's is {hidden}"
+        )
     ratio = ratio_for(hidden * 3 // 2, width)
     assert (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 == hidden
     return ratio

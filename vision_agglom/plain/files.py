@@ -15,6 +15,14 @@ from torch import Tensor
 
 BACKBONE = "base_model."
 GENERATOR = "base_model.patch_generator."
+FEATURE_NORMALIZER = "_feature_normalizer."
+"""Beginning of the names of a last affine map of the patches, which some RADIO files have: behind the backbone, before its outputs."""
+
+_BEHIND_THE_BACKBONE = (
+    *("_heads.", "_feature_projections.", "_intermediate_feature_normalizer.", "summary_idxs"),
+    *("head.", "head_dist.", "fc_norm.", "attn_pool.", "mask_token", "patch_generator.video_embedder."),
+)
+"""Beginnings of names, with or without BACKBONE."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,11 @@ def read_vit_file(path: str | Path) -> VitFile:
     if f"{GENERATOR}pos_embed" not in state:
         return VitFile(rename_timm(state), args, is_timm=True, num_cls_tokens=int("cls_token" in state))
     return VitFile(state, args, is_timm=False, num_cls_tokens=_count_cls_tokens(args))
+
+
+def is_behind_backbone(name: str) -> bool:
+    """Whether a tensor of a file is no part of what a backbone makes of images: a head's, or there for training or other inputs."""
+    return name.removeprefix(BACKBONE).startswith(_BEHIND_THE_BACKBONE)
 
 
 def _count_cls_tokens(args: argparse.Namespace) -> int | None:

@@ -17,18 +17,13 @@ from torch import Tensor
 from megatron_hybrid.substrate.context import Substrate
 from vision_agglom.config.schema import VisionConfig
 from vision_agglom.config.student import StudentConfig
-from vision_agglom.plain.files import BACKBONE, VitFile, read_vit_file
+from vision_agglom.plain.files import BACKBONE, FEATURE_NORMALIZER, VitFile, is_behind_backbone, read_vit_file
 from vision_agglom.plain.vit import RGB
 from vision_agglom.resample import resize_grid
 from vision_agglom.students.layers import CutLinear
 from vision_agglom.students.vit import StudentModel
 
 _TOKENS = "patch_generator.cls_token.token"
-_PASSED_OVER = (
-    *("_heads.", "_feature_projections.", "_feature_normalizer.", "_intermediate_feature_normalizer.", "summary_idxs"),
-    *("head.", "head_dist.", "fc_norm.", "attn_pool.", "mask_token", "patch_generator.video_embedder."),
-)
-"""Beginnings of names of what stands behind a backbone, or is for other inputs than images: the student has its own or none."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +110,10 @@ def arrange_for_student(file: VitFile, student: StudentConfig) -> PretrainedWeig
                 tensors[f"blocks.{index}.{ours}"] = _arrange(theirs, left.pop(f"blocks.{index}.{theirs}"), student)
     if student.final_norm:
         tensors |= {f"final_norm.{kind}": left.pop(f"norm.{kind}") for kind in ("weight", "bias") if f"norm.{kind}" in left}
-    passed_over += [name for name in left if name.startswith(_PASSED_OVER)]
-    unread = [name for name in left if not name.startswith(_PASSED_OVER)]
+    # The student has its own of these, or none.
+    without_place = [name for name in left if is_behind_backbone(name) or name.startswith(FEATURE_NORMALIZER)]
+    passed_over += without_place
+    unread = [name for name in left if name not in without_place]
     if unread:
         raise ValueError(
             f"the student (num_layers={student.num_layers}, mlp={student.mlp}, layer_scale={student.layer_scale}, "

@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 from vision_agglom.config.teachers import TeacherConfig
-from vision_agglom.plain.files import GENERATOR, read_vit_file
+from vision_agglom.plain.files import FEATURE_NORMALIZER, GENERATOR, is_behind_backbone, read_vit_file
 from vision_agglom.plain.vit import RGB, PlainViT, PlainViTShape
 from vision_agglom.teachers.tower import IMAGENET, Tower, build_seeded
 
 _HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "so400m": 16, "giant": 16}
 """Attention heads by the size in timm's model names, which no tensor's shape tells."""
-
-_BEHIND_THE_BACKBONE = ("_heads.", "_feature_projections.", "summary_idxs", "head.", "fc_norm.", "mask_token")
-"""Beginnings of names in a file that a teacher's own two outputs do not come from."""
 
 
 def build_tower(spec: TeacherConfig) -> Tower:
@@ -28,14 +25,18 @@ def build_tower(spec: TeacherConfig) -> Tower:
     ``spec.options`` may name num_heads, which a checkpoint holds only by its model's name, and mean and std of a timm file.
 
     Raises:
-        ValueError: the file is no such checkpoint, or does not say how many heads it has.
+        ValueError: the file is no such checkpoint, does not say how many heads it has, or maps its features once more.
         OSError: there is no such file.
     """
     if not spec.pretrained:
         shape = PlainViTShape(**_as_tuples(spec.options))
         return _tower(build_seeded(spec.seed, lambda: PlainViT(shape)), fixed_resolution=False)
     file = read_vit_file(spec.model)
-    state = {name: tensor for name, tensor in file.state.items() if not name.startswith(_BEHIND_THE_BACKBONE)}
+    state = {name: tensor for name, tensor in file.state.items() if not is_behind_backbone(name)}
+    if any(name.startswith(FEATURE_NORMALIZER) for name in state):
+        raise ValueError(
+            f"the file maps its features once more ({FEATURE_NORMALIZER}...), which this reader does not; take another teacher"
+        )
     if file.is_timm:
         if not len(state[f"{GENERATOR}cls_token.token"]):
             raise ValueError("expected a timm ViT with a class token")

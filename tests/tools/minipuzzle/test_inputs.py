@@ -12,25 +12,28 @@ import numpy as np
 import pytest
 
 from megatron_hybrid.config.load import load_model
+from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME
 from tests.tools.minipuzzle.small import compression, whole_plan
 from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.config import MiniPuzzleConfig
-from tools.minipuzzle.distill import training_run
+from tools.minipuzzle.distill import check_trainings, training_run
 from tools.minipuzzle.files import WorkFiles
-from tools.minipuzzle.inputs import Inputs, differences, evaluation_inputs, latency_inputs, scoring_inputs, search_inputs
+from tools.minipuzzle.inputs import (
+    Inputs,
+    differences,
+    evaluation_inputs,
+    latency_inputs,
+    scoring_inputs,
+    search_inputs,
+    timing_inputs,
+)
+from tools.minipuzzle.latency import LatencyModel, LayerTimes, save_latency
 from tools.minipuzzle.parent import find_parent
-from tools.minipuzzle.rank import load_candidates, search
+from tools.minipuzzle.rank import holds_times, load_candidates, search
 from tools.minipuzzle.results import Results, choose_winner, current_results, load_results
 from tools.minipuzzle.run import chosen_candidates, prune_chosen, run
 from tools.minipuzzle.scores import load_scores, read_json, save_scores, synthetic_scores, vectors_path, write_json
 from tools.minipuzzle.search import damage_of
-
-
-@pytest.fixture
-def copy(work: WorkFiles, tmp_path: Path) -> WorkFiles:
-    """A finished compression whose files may be changed."""
-    shutil.copytree(work.work_dir, tmp_path / "work")
-    return WorkFiles(tmp_path / "work")
 
 
 def plan_in(copy: WorkFiles, folder: Path, **sections: Any) -> MiniPuzzleConfig:
@@ -40,6 +43,10 @@ def plan_in(copy: WorkFiles, folder: Path, **sections: Any) -> MiniPuzzleConfig:
 def changed(recorded: Inputs, present: Inputs) -> set[str]:
     """The first parts of the names that differ."""
     return {line.split(" was ")[0] for line in differences(recorded, present)}
+
+
+def on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_hybrid.substrate.environment.device_name", lambda device: "another")
 
 
 BATCH = {"global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"}
@@ -58,8 +65,10 @@ SEARCH = {"ffn_hidden_sizes": [48, 64, 96], "num_tokens": 640, "num_evaluated": 
         ({"validation": {"sources": {"other": "held_out"}}}, set(), *[{"validation.sources.other", "validation.sources.text"}] * 2),
         ({"search": {**SEARCH, "num_tokens": 1280}}, set(), {"search.num_tokens"}, {"search.num_tokens"}),
         ({"search": {**SEARCH, "top_k": 1}}, set(), {"search.top_k"}, set()),
+        # Without a limit, how decoding is timed is the report's alone.
+        ({"search": {**SEARCH, "latency": {"context_tokens": 64, "batch_size": 2, "repetitions": 3}}}, set(), set(), set()),
     ],
-    ids=["nothing", "layout", "runtime", "seed", "precision", "validation", "num_tokens", "top_k"],
+    ids=["nothing", "layout", "runtime", "seed", "precision", "validation", "num_tokens", "top_k", "latency"],
 )
 def test_what_options_reach(
     sections: dict, scores: set[str], candidates: set[str], results: set[str], parent_folder: Path, work: WorkFiles
@@ -71,6 +80,13 @@ def test_what_options_reach(
     assert changed(load_results(work).measured_from, evaluation_inputs(parent)) == results
 
 
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads decide times on a CPU alone."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
 def test_measured_times_are_of_one_setting(parent_folder: Path) -> None:
     def inputs(search: dict | None = None, **sections: Any) -> Inputs:
         return latency_inputs(find_parent(compression(parent_folder, search=SEARCH | (search or {}), **sections)))
@@ -84,9 +100,47 @@ def test_measured_times_are_of_one_setting(parent_folder: Path) -> None:
         inputs({"ffn_hidden_sizes": [32, 96]}),
         inputs(parallel={"tensor": 2}),
         inputs(batch={**BATCH, "precision": "bf16"}),
+        inputs(kernels={"attention": "reference"}),
+        inputs(runtime={"threads_per_rank": 2}),
         as_measured | {"device": "another"},
     ):
         assert len(differences(as_measured, other)) == 1
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_decoding_is_timed_anew_where_its_speed_may_be_another(parent_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inputs(**sections: Any) -> Inputs:
+        return timing_inputs(find_parent(compression(parent_folder, **sections)), "child")
+
+    as_timed = inputs()
+    for name, sections in {
+        "search.latency.repetitions": {"search": {"latency": {"repetitions": 3}}},
+        "kernels.attention": {"kernels": {"attention": "reference"}},
+        "runtime.threads_per_rank": {"runtime": {"threads_per_rank": 2}},
+    }.items():
+        assert changed(as_timed, inputs(**sections)) == {name}
+    on_another_machine(monkeypatch)
+    assert changed(as_timed, inputs()) == {"device"}
+
+
+def test_candidates_hold_where_the_times_that_they_were_found_by_do_not(
+    parent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search on one GPU, distillation on a cluster of others, the report on a host without any."""
+    limited = {"latency": {"limit_ms": 20.0}}
+    parent, files = find_parent(compression(parent_folder, work_dir=tmp_path, search=SEARCH | limited)), WorkFiles(tmp_path)
+    scores, times = synthetic_scores(parent.model, 0), LayerTimes(64, 8, 16, 1.0, 5.0, 2.0, 0.5, 0.01)
+    measured = LatencyModel("cpu", "fp32", 8192, 1, (times,), latency_inputs(parent))
+    save_latency(measured, files.latency)
+    found_by = search_inputs(parent, scores)
+    assert holds_times(files, parent)
+    on_another_machine(monkeypatch)
+    assert not holds_times(files, parent)
+    assert search_inputs(parent, scores) == found_by
+    save_latency(replace(measured, times=(replace(times, attention=4.0),)), files.latency)
+    assert changed(found_by, search_inputs(parent, scores)) == {"latency"}
+    files.latency.unlink()
+    assert changed(found_by, search_inputs(parent, scores)) == {"latency"}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +161,14 @@ def test_a_training_that_was_made_with_other_options_is_refused_before_any_work(
     with pytest.raises(ValueError, match=message):
         run(plan_in(copy, parent_folder, **sections))
     assert before == {file: file.stat().st_mtime_ns for file in copy.work_dir.rglob("*")}
+
+
+def test_a_training_that_does_not_say_what_it_was_made_from_is_refused(parent_folder: Path, tmp_path: Path) -> None:
+    """As those that were begun before trainings had records."""
+    parent, directory = find_parent(compression(parent_folder, work_dir=tmp_path)), WorkFiles(tmp_path).run_dir("short", "child")
+    shutil.copytree(parent_folder / "parent" / CHECKPOINTS_NAME, directory / CHECKPOINTS_NAME)
+    with pytest.raises(ValueError, match=r"short/child has checkpoints, but no made_from.json .* cannot be told. Remove the directory"):
+        check_trainings(parent, ["child"])
 
 
 def test_a_stage_by_itself_refuses_what_run_would_make_anew(parent_folder: Path, copy: WorkFiles) -> None:

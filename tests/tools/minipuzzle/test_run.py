@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.minipuzzle.small import compression
+from tests.tools.minipuzzle.small import compression, whole_plan
 from tools.minipuzzle.candidate import Candidate
 from tools.minipuzzle.config import LayerLossConfig, MiniPuzzleConfig
 from tools.minipuzzle.distill import distill_options, layer_loss_options
@@ -37,6 +37,16 @@ def test_every_stage_leaves_its_file(parent_folder: Path, work: WorkFiles) -> No
         assert f'src="report/{name}.png"' in page and (work.work_dir / f"report/{name}.png").stat().st_size > 5000
     for text in (results.winner, "distilled: loss", "tokens/s"):
         assert text in page
+
+
+def test_a_second_start_does_nothing(parent_folder: Path, copy: WorkFiles) -> None:
+    def written() -> dict[Path, int]:
+        # The winner may be edited between two starts, so that results.json is written whenever it is chosen.
+        return {file: file.stat().st_mtime_ns for file in copy.work_dir.rglob("*") if file.is_file() and file != copy.results}
+
+    before, results = written(), copy.results.read_text()
+    assert run(whole_plan(parent_folder, work_dir=copy.work_dir), "distill") == 0
+    assert written() == before and copy.results.read_text() == results
 
 
 def test_the_student_is_compared_with_its_parent_between_layers(work: WorkFiles) -> None:
@@ -88,21 +98,17 @@ def test_ranking_is_what_the_pruned_model_does(parent_folder: Path, work: WorkFi
         assert measured.accuracy == pytest.approx(each.accuracy, abs=2e-3) and measured.agreement == pytest.approx(each.agreement, abs=2e-3)
 
 
-def test_the_candidates_file_may_be_edited(parent_folder: Path, work: WorkFiles) -> None:
-    parent, before = find_parent(compression(parent_folder)), work.candidates.read_text()
-    content = json.loads(before)
-    try:
-        for each in content["candidates"]:
-            each["chosen"] = False
-        work.candidates.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="no candidate with chosen: true"):
-            chosen_candidates(parent)
-        content["candidates"][0]["candidate"]["layers"].append(99)
-        work.candidates.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="candidate 0: layers must be numbers of the parent's 8 layers"):
-            load_candidates(parent)
-    finally:
-        work.candidates.write_text(before)
+def test_the_candidates_file_may_be_edited(parent_folder: Path, copy: WorkFiles) -> None:
+    parent, content = find_parent(compression(parent_folder, work_dir=copy.work_dir)), json.loads(copy.candidates.read_text())
+    for each in content["candidates"]:
+        each["chosen"] = False
+    copy.candidates.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no candidate with chosen: true"):
+        chosen_candidates(parent)
+    content["candidates"][0]["candidate"]["layers"].append(99)
+    copy.candidates.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="candidate 0: layers must be numbers of the parent's 8 layers"):
+        load_candidates(parent)
 
 
 def test_bad_input_is_one_error_before_any_work(parent_folder: Path, tmp_path: Path) -> None:
@@ -130,7 +136,6 @@ def test_bad_input_is_one_error_before_any_work(parent_folder: Path, tmp_path: P
 
 
 def test_layouts_that_do_not_divide_after_pruning(parent_folder: Path, work: WorkFiles) -> None:
-
     odd = {"ffn_hidden_sizes": [50], "num_tokens": 640}
     with pytest.raises(ValueError, match="model.ffn_hidden_size=50 does not divide by parallel.tensor=4"):
         search(compression(parent_folder, parallel={"tensor": 4}, search=odd))
@@ -155,7 +160,7 @@ def test_a_tokenizer_that_is_not_the_teachers(parent_folder: Path, tmp_path: Pat
         _ = parent.data
 
 
-def test_command_line(parent_folder: Path, work: WorkFiles, capsys: pytest.CaptureFixture) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from tools.minipuzzle.__main__ import main
 
     with pytest.raises(SystemExit) as stop:
@@ -163,7 +168,7 @@ def test_command_line(parent_folder: Path, work: WorkFiles, capsys: pytest.Captu
     assert stop.value.code == 0 and "examples:" in capsys.readouterr().out
     assert main(["search", "nowhere.yaml"]) == 2
     assert "error: cannot use nowhere.yaml" in capsys.readouterr().err
-    assert main(["search", "examples/minipuzzle/nemotron_h_56b.yaml", "search.memory.limit_gib=1", f"work_dir={work.work_dir}/none"]) == 2
+    assert main(["search", "examples/minipuzzle/nemotron_h_56b.yaml", "search.memory.limit_gib=1", f"work_dir={tmp_path}"]) == 2
     assert "the smallest that the grid reaches" in capsys.readouterr().err
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import jaccard_score
 from sklearn.neighbors import KNeighborsClassifier
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision_agglom.evaluate.knn import accuracy, knn_predict
 from vision_agglom.evaluate.linear_probe import fit_linear_probe
 from vision_agglom.evaluate.segmentation import (
     PatchBatch,
+    class_shares,
     confusion,
     evaluate_segmentation,
     fit_segmentation_probe,
@@ -138,3 +142,25 @@ def test_zero_shot_finds_the_nearest_text() -> None:
     classes = embed_classes(tower, ["cat", "dog"])
     torch.testing.assert_close(classes, torch.eye(2))
     assert zero_shot_predict(torch.tensor([[5.0, 1.0], [0.1, 0.2]]), classes).tolist() == [0, 1]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.num_elements = max(self.num_elements, result.numel())
+        return result
+
+
+def test_shares_of_classes_are_counted_without_a_picture_of_every_class() -> None:
+    masks = torch.from_numpy(np.random.default_rng(0).choice([0, 3, 6, 255], (2, 8, 16)).astype(np.uint8))
+    with LargestTensor() as largest:
+        shares = class_shares(masks, 7, 4)
+    assert shares.shape == (2, 7, 2, 4) and shares.dtype == torch.float32
+    for row, column, index in np.ndindex(2, 4, 7):
+        patches = masks[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        assert shares[:, index, row, column].tolist() == (patches == index).double().mean((1, 2)).tolist()
+    assert largest.num_elements <= masks.numel()

@@ -173,5 +173,6 @@ def test_zero_shot_needs_a_teacher_with_texts(run: VisionConfig, teacher: dict[s
     tree = run.model_dump()
     tree["teachers"] = [tree["teachers"][0] | teacher, tree["teachers"][1]]
     tree["evaluation"]["zero_shot"] |= zero_shot
+    run.check_evaluation()
     with pytest.raises(ValueError, match=message):
-        VisionConfig.model_validate(tree)
+        VisionConfig.model_validate(tree).check_evaluation()

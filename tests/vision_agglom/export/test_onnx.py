@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
 import torch
 
+from megatron_hybrid.substrate.exit_codes import ExitCode, RunError
+from megatron_hybrid.substrate.failure import describe_failure
 from tests.vision_agglom.export.conftest import make_radio
+from vision_agglom.commands.export import write_formats
 from vision_agglom.export import onnx as export
 
 
@@ -39,6 +44,10 @@ def test_a_side_of_no_whole_patches_is_refused(tmp_path: Path) -> None:
 def test_a_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "compare_onnx", lambda *_: float("nan"))
     monkeypatch.setattr(torch.onnx, "export", lambda _model, _args, path, **_: Path(path).touch())
-    with pytest.raises(ValueError, match="differ from torch's by nan of the largest"):
-        export.write_onnx(make_radio(), tmp_path / "x.onnx", image_side=48)
-    assert not list(tmp_path.iterdir())
+    for older in ("radio.onnx", "radio.onnx.data"):
+        (tmp_path / older).touch()
+    trained: Any = SimpleNamespace(radio=make_radio())
+    with pytest.raises(RunError, match="differ from torch's by nan of the largest") as failure:
+        write_formats(trained, tmp_path, 48, ["onnx"])
+    assert not list(tmp_path.iterdir()), "nor is an older one, which would be taken for it"
+    assert describe_failure(failure.value, write_formats)[0] == ExitCode.ERROR

@@ -65,6 +65,10 @@ def test_a_tensor_without_a_place_is_refused_by_name(shape: dict[str, Any], extr
 def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
     pretrained = arranged(timm_state(), tmp_path)
     assert pretrained.passed_over == ("head.weight",)
+    normalised = radio_state() | {
+        name: torch.ones(2) for name in ("_feature_normalizer.mean", "base_model.patch_generator.video_embedder.x")
+    }
+    assert len(arranged(normalised, tmp_path).passed_over) == 2
     pretrained = arranged(timm_state(final_norm=True), tmp_path, initialize_skip=["norm."])
     assert sorted(pretrained.passed_over) == ["head.weight", "norm.bias", "norm.weight"]
     with pytest.raises(ValueError, match="initialize_skip=.* is not read without initialize_from"):

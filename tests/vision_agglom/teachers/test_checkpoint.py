@@ -33,7 +33,9 @@ def load(path: Path, **options: object) -> FrozenTeacher:
 def test_a_radio_file_says_what_it_is(tmp_path: Path) -> None:
     model = plain()
     args = argparse.Namespace(model="vit_base_patch16_224", model_kwargs={"num_heads": 3}, teachers=TEACHERS, cls_token_per_teacher=True)
-    torch.save({"state_dict": model.state_dict() | {"_heads.0.fc1.weight": torch.ones(2)}, "args": args}, tmp_path / "radio.pth")
+    others = ("_heads.0.fc1.weight", "_intermediate_feature_normalizer.alphas", "base_model.patch_generator.video_embedder.weight")
+    others += ("head_dist.weight", "attn_pool.latent", "mask_token")
+    torch.save({"state_dict": model.state_dict() | {name: torch.ones(2) for name in others}, "args": args}, tmp_path / "radio.pth")
     teacher = load(tmp_path / "radio.pth")
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
@@ -111,6 +113,9 @@ def test_what_is_missing_or_left_over_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"(?s)Missing key.*blocks.1.mlp.fc2.bias.*Unexpected key.*base_model.surprise"):
         load(tmp_path / "x.pth")
+    torch.save(plain().state_dict() | {"_feature_normalizer.tx": torch.eye(24)}, tmp_path / "mapped.pth")
+    with pytest.raises(ValueError, match="maps its features once more"):
+        load(tmp_path / "mapped.pth", num_heads=3)
     torch.save({"layer.weight": torch.ones(2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="expected parameters of NVlabs' RADIO .* or of a timm ViT"):
         load(tmp_path / "other.pth", num_heads=3)
