@@ -48,7 +48,7 @@ class _NotAllowed(pickle.UnpicklingError):
 
 
 def _member(enumeration: object, name: str) -> Enum:
-    """getattr for what Python 3.11 up to 3.11.3 pickles with it: members of enumerations."""
+    """getattr for what early Python 3.11 (3.11.2, for one) pickles with it: members of enumerations."""
     if not any(enumeration is allowed for allowed in _ALLOWED.values() if isinstance(allowed, type) and issubclass(allowed, Enum)):
         raise _NotAllowed(f"getattr of {enumeration!r}")
     return enumeration[name]

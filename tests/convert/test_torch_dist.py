@@ -183,7 +183,7 @@ def test_metadata_of_earlier_and_present_releases_is_read(monkeypatch: pytest.Mo
 
 
 class Named:
-    """Pickled as ``getattr(owner, name)``, as Python 3.11.0 to 3.11.3 have it for members of enumerations."""
+    """Pickled as ``getattr(owner, name)``, as early Python 3.11 (3.11.2, for one) has it for members of enumerations."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.arguments = owner, name
