@@ -140,18 +140,21 @@ def _check_output(source: str, target: Path) -> None:
     Raises:
         ValueError: it cannot be written, or it is the --input.
     """
-    for file in (target, _partial(target)):
+    for file in _places(target):
         try:
             check_output_file(file)
         except ValueError as error:
             raise ValueError(f"--output {error}") from None
-    if source != "-" and target.exists() and target.samefile(source):
-        raise ValueError(f"--output {target} is the --input; give another file")
+        if source != "-" and file.exists() and file.samefile(source):
+            raise ValueError(f"--output {target} would overwrite {file}, which is the --input; give another file")
 
 
-def _partial(target: Path) -> Path:
-    """Where lines are until all are there; a device or pipe takes them at once."""
-    return target.with_name(f"{target.name}.partial") if target.is_file() or not target.exists() else target
+def _places(target: Path) -> tuple[Path, Path]:
+    """Where the lines end up, which a link may lead to, and where they are until all are there; a device or pipe takes them at once."""
+    if target.exists() and not target.is_file():
+        return target, target
+    final = Path(os.path.realpath(target))
+    return final, final.with_name(f"{final.name}.partial")
 
 
 def _wishes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -290,8 +293,7 @@ def _write_lines(arguments: argparse.Namespace, requests: Sequence[Request], ses
     texts, done = [""] * len(requests), [None] * len(requests)
     num_tokens, written = [0] * len(requests), 0
     start_s = time.perf_counter()
-    target = None if arguments.output is None else Path(arguments.output)
-    place = sys.stdout.fileno() if target is None else _partial(target)
+    target, place = (None, sys.stdout.fileno()) if arguments.output is None else _places(Path(arguments.output))
     with open(place, "w", encoding="utf-8", closefd=target is not None) as file:
         with tqdm(total=len(requests), unit="prompt", disable=None) as progress:
             for event in _run(session, requests):

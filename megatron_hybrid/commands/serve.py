@@ -14,6 +14,8 @@ from megatron_hybrid.commands.model_arguments import add_model_arguments, load_r
 from megatron_hybrid.interruption import leave_at_once_on
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from megatron_hybrid.config import RunConfig
     from megatron_hybrid.generate.session import Session
     from megatron_hybrid.substrate import ExitCode, Substrate
@@ -81,18 +83,12 @@ def main(argv: Sequence[str]) -> int:
 def _serve(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) -> ExitCode:
     """Load the model; on the first rank serve until asked to stop."""
     leave_at_once_on(*_STOP_SIGNALS)
-    from torch import distributed as dist
-
     from megatron_hybrid.generate.load import load_language_model
     from megatron_hybrid.generate.session import lead
     from megatron_hybrid.substrate import ExitCode
 
     language_model = load_language_model(run, arguments.model, substrate, step=arguments.checkpoint)
-    # Up to here every rank leaves at once, and from here on none by itself: the first one listens until asked, and dismisses the others.
-    dist.barrier(substrate.control_group)
-    came: list[int] = []
-    for number in _STOP_SIGNALS:
-        signal.signal(number, lambda number, _: came.append(number))
+    came = _stop_together(substrate.control_group)
     lead(
         language_model,
         substrate,
@@ -102,6 +98,30 @@ def _serve(arguments: argparse.Namespace, run: RunConfig, substrate: Substrate) 
         prefill_tokens=arguments.prefill_tokens,
     )
     return ExitCode.FINISHED
+
+
+def _stop_together(group: ProcessGroup) -> Sequence[int]:
+    """Wait for all ranks, which so far leave at once when a signal comes. Afterwards none does by itself: the first one listens until
+    asked, and dismisses the others. Returns the list that signals come into.
+
+    Raises:
+        RuntimeError: a rank has left, and no signal came here.
+    """
+    from torch import distributed as dist
+
+    came: list[int] = []
+    # Before the barrier: a rank that left behind it would leave others that went on. A mask would not do, other threads take signals too.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        dist.barrier(group)
+    except RuntimeError:
+        # A signal has met another rank while it was loading: this one does as that one did.
+        leave_at_once_on(*_STOP_SIGNALS)
+        for number in came:
+            signal.raise_signal(number)
+        raise
+    return came
 
 
 def _listen(arguments: argparse.Namespace, came: Sequence[int], session: Session) -> None:

@@ -364,7 +364,7 @@ class RunConfig(Section):
         if num_tokens % DIMENSION_UNIT:
             raise ValueError(
                 f"data.sequence_length x train.micro_batch_size={num_tokens} is no multiple of {DIMENSION_UNIT}, "
-                "which float8 products need; change one of them, or set fp8.recipe=off"
+                "which float8 products need; change one of them, or set 'fp8={recipe: off}'"
             )
 
 

@@ -151,9 +151,12 @@ def _facts(tensor: Tensor) -> TensorFacts:
 
 
 def _tokenizer_of(run: RunConfig, run_dir: Path) -> TokenizerConfig | None:
-    """The run's tokenizer, where the files beside it are: training keeps a copy of the definition alone."""
+    """The run's tokenizer. Where training kept a file, a copy of the definition alone, that is the original as long as both are the same:
+    beside it may be other files."""
     kept, named = kept_tokenizer(run, run_dir), run.data.tokenizer
-    return named if kept is not None and kept.path.parent == run_dir and named.path.exists() else kept
+    if kept is None or kept.path.parent != run_dir or not (kept.path.is_file() and named.path.is_file()):
+        return kept
+    return named if named.path.read_bytes() == kept.path.read_bytes() else kept
 
 
 def _find_checkpoint(path: Path) -> Path:

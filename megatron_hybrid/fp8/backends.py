@@ -253,5 +253,5 @@ def _require_float8_cores(implementation: str, device: torch.device) -> None:
         name, own, least = torch.cuda.get_device_name(device), *(".".join(map(str, each)) for each in (capability, _LEAST_CAPABILITY))
         raise ValueError(
             f"{name} (compute capability {own}) has no float8 products, which NVIDIA GPUs have from {least} on; "
-            "set fp8.recipe=off, or fp8.implementation=emulated to have the numbers without the speed"
+            "set 'fp8={recipe: off}', or fp8.implementation=emulated to have the numbers without the speed"
         )

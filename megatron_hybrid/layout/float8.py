@@ -57,7 +57,7 @@ def plan_float8(model: HybridShape, tensor: int, choice: Float8Choice) -> tuple[
             f"no linear would run in float8: {num_layers} layers, of which {choice.bf16_layers_at_start} at the start and "
             f"{choice.bf16_layers_at_end} at the end stay in BF16; linears asked for: {', '.join(choice.linears)}; "
             f"not multiples of {DIMENSION_UNIT} at parallel.tensor={tensor}: {', '.join(unfit) or 'none'}; "
-            "change one of them, or set fp8.recipe=off"
+            "change one of them, or set 'fp8={recipe: off}'"
         )
     return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import json
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.__main__ import main
-from megatron_hybrid.commands.generate import _read_lines
+from megatron_hybrid.commands.generate import _read_lines, _write_lines
+from megatron_hybrid.generate.sampling import Sampling
 from megatron_hybrid.generate.scheduler import Event, Request
 from megatron_hybrid.generate.session import Session
 from tests.generate.models import word_tokenizer
@@ -153,16 +155,27 @@ def test_a_mistyped_setting_of_a_line_is_refused_and_other_keys_are_carried(tmp_
 
 
 def test_an_output_is_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "t1"}')
-    (tmp_path / "same.jsonl").symlink_to(tmp_path / "prompts.jsonl")
+    prompts = tmp_path / "prompts.jsonl.partial"
+    prompts.write_text('{"prompt": "t1"}')
+    (tmp_path / "same.jsonl").symlink_to(prompts)
     for output, message in (
         ("none/texts.jsonl", "there is no directory"),
-        ("prompts.jsonl", "is the --input"),
+        ("prompts.jsonl.partial", "is the --input"),
+        ("prompts.jsonl", f"would overwrite {prompts}, which is the --input"),
         ("same.jsonl", "is the --input"),
         (".", "is a directory"),
     ):
-        outcome = command("run", "--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / output))
+        outcome = command("run", "--input", str(prompts), "--output", str(tmp_path / output))
         assert_refused(outcome, message)
+
+
+def test_a_link_for_an_output_stays_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    link, texts = tmp_path / "link.jsonl", tmp_path / "texts.jsonl"
+    link.symlink_to(texts.name)
+    monkeypatch.setattr("megatron_hybrid.commands.generate._run", lambda session, requests: [Event(0, 5, "t5", ending="stop")])
+    arguments = argparse.Namespace(output=str(link), lines=[{"prompt": "t1"}])
+    _write_lines(arguments, [Request(0, [1], 4, Sampling(), seed=0)], None)
+    assert link.is_symlink() and json.loads(texts.read_text())["text"] == "t5"
 
 
 def break_off(arguments: list[str]) -> tuple[int, str]:

@@ -25,7 +25,8 @@ VERBS = {
     "serve": ("RUN", "--port", "0"),
 }
 LIMIT_S = 240
-SLOW_TORCH = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+SLOW_MODULE = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+SLOW_ON_RANKS = f"import os\nif 'RANK' in os.environ:\n    exec({SLOW_MODULE!r})\n"
 
 
 @pytest.fixture
@@ -62,32 +63,46 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def is_loading(run_dir: Path) -> bool:
-    """Whether somebody reads the checkpoint's header."""
+@contextmanager
+def loading(process: subprocess.Popen[str], run_dir: Path, num_ranks: int) -> Iterator[None]:
+    """Every rank reads the checkpoint's header, to whose end it does not come as long as this is open."""
+    header, writing = run_dir / "checkpoints/step_00000001/header.json", []
+
+    def is_read() -> bool:
+        try:
+            writing.append(os.open(header, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            assert error.errno == errno.ENXIO, error
+        return bool(writing)
+
+    wait_until(is_read)
     try:
-        os.close(os.open(run_dir / "checkpoints/step_00000001/header.json", os.O_WRONLY | os.O_NONBLOCK))
-    except OSError as error:
-        assert error.errno == errno.ENXIO, error
-        return False
-    return True
+        wait_until(lambda: num_readers(process, header) == num_ranks)
+        yield
+    finally:
+        os.close(writing[0])
+
+
+def num_readers(process: subprocess.Popen[str], file: Path) -> int:
+    parent = psutil.Process(process.pid)
+    return sum(file in map(Path.resolve, Path(f"/proc/{each.pid}/fd").glob("*")) for each in (parent, *parent.children()))
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_while_importing(verb: str, run_dir: Path, tmp_path: Path) -> None:
-    # In the place of torch, a module that takes long.
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "torch.py").write_text(SLOW_TORCH)
-    with started(verb, run_dir, path=tmp_path / "slow") as process:
+    (tmp_path / "torch.py").write_text(SLOW_MODULE)
+    with started(verb, run_dir, path=tmp_path) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, errors) == (130, "interrupted\n")
 
 
-def test_while_local_ranks_are_importing(run_dir: Path) -> None:
-    with started("generate", run_dir, "--tensor", "2") as process:
-        # Beside the ranks there is Python's tracker of resources.
-        wait_until(lambda: len(psutil.Process(process.pid).children()) == 3)
+def test_while_local_ranks_are_importing(run_dir: Path, tmp_path: Path) -> None:
+    # In the place of a package that every process imports and none gets as far as using.
+    (tmp_path / "tokenizers.py").write_text(SLOW_ON_RANKS)
+    with started("pretrain", run_dir, "parallel.tensor=2", path=tmp_path) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["importing\n"] * 2
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, errors) == (130, "interrupted\n")
@@ -98,7 +113,7 @@ def test_while_local_ranks_are_importing(run_dir: Path) -> None:
 )
 def test_while_the_server_is_loading(number: signal.Signals, options: tuple[str, ...], run_dir: Path) -> None:
     with started("serve", run_dir, *options) as process:
-        wait_until(lambda: is_loading(run_dir))
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=LIMIT_S)
+        with loading(process, run_dir, num_ranks=2 if options else 1):
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, errors) == (128 + number, "interrupted\n")

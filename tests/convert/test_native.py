@@ -13,6 +13,7 @@ import torch
 from transformers import NemotronHForCausalLM
 
 from megatron_hybrid.checkpoint import check_header, read_header
+from megatron_hybrid.config import dump_config
 from megatron_hybrid.config.run_directory import kept_tokenizer
 from megatron_hybrid.convert.native import NativeSource
 from megatron_hybrid.generate.companions import Companions
@@ -76,6 +77,20 @@ def test_a_converted_run_may_move(native: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(native, tmp_path / "moved"))
     assert kept_tokenizer(load_run(moved), moved).path == moved / "tokenizer/tokenizer.json"
     assert NativeSource(moved).companions.tokenizer_files["chat_template.jinja"] == moved / "tokenizer/chat_template.jinja"
+
+
+def test_the_tokenizer_that_training_kept_is_the_runs_and_files_beside_the_same_original_go_along(native: Path, tmp_path: Path) -> None:
+    moved, original = Path(shutil.copytree(native, tmp_path / "moved")), tmp_path / "original"
+    (moved / "tokenizer").rename(original)
+    shutil.copy(original / "tokenizer.json", moved / "tokenizer.json")
+    run = load_run(moved)
+    tokenizer = run.data.tokenizer.model_copy(update={"path": original / "tokenizer.json"})
+    (moved / "config.yaml").write_text(dump_config(run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": tokenizer})})))
+    assert NativeSource(moved).companions.tokenizer_files == {name: original / name for name in BESIDE}
+    # Trained again.
+    edit_json(original / "tokenizer.json", version="2")
+    found = NativeSource(moved).companions
+    assert found.tokenizer.path == moved / "tokenizer.json" and found.tokenizer_files == {"tokenizer.json": moved / "tokenizer.json"}
 
 
 def spoken_to(path: Path) -> tuple[Companions, list[int]]:

@@ -6,13 +6,26 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import make_dataclass
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+from torch.distributed._shard.sharded_tensor import metadata as early_torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_hybrid.checkpoint import CheckpointStore
 from megatron_hybrid.checkpoint.sharding import shard_parameters
@@ -20,6 +33,7 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.native import NativeSource
 from megatron_hybrid.convert.torch_dist import TorchDistReader
+from megatron_hybrid.convert.torch_dist_metadata import read_metadata
 from megatron_hybrid.layers.parameters import Declaration
 from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.substrate.groups import initialize
@@ -132,6 +146,60 @@ def test_metadata_cannot_run_code(native: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
     pickle.loads((copy / ".metadata").read_bytes())
     assert (tmp_path / "made").is_dir(), "the pickle must be one that would have"
+
+
+PROPERTIES = TensorProperties()
+SHARD = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
+INDEX = MetadataIndex("a", [0])
+PLAN = SavePlan([WriteItem(INDEX, WriteItemType.SHARD, tensor_data=TensorWriteData(SHARD, PROPERTIES, torch.Size([2])))])
+
+
+def small_metadata(kind: type[Metadata] = Metadata, properties: Any = PROPERTIES, **more: Any) -> Metadata:
+    """That of one vector in one file, with what megatron-core adds."""
+    metadata = kind({"a": TensorStorageMetadata(properties, torch.Size([2]), [SHARD])}, storage_data={INDEX: _StorageInfo("a", 0, 8)})
+    metadata.__dict__ |= {"all_local_plans": [PLAN]} | more
+    return metadata
+
+
+def read_small(content: object, folder: Path) -> Metadata:
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    return read_metadata(folder)
+
+
+def test_metadata_of_earlier_and_present_releases_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert read_small(small_metadata(), tmp_path).all_local_plans == [PLAN]
+    early = read_small(small_metadata(properties=early_torch.TensorProperties(dtype=torch.int8)), tmp_path)
+    assert early.state_dict_metadata["a"].properties.dtype == torch.int8
+    # megatron-core's own, up to 0.15.
+    options = {"fields": [("mcore_data", dict, None)], "namespace": {"__module__": megatron_torch.__name__}}
+    earlier_metadata = make_dataclass("MCoreMetadata", bases=(Metadata,), **options)
+    earlier_plan = make_dataclass("MCoreSavePlan", bases=(SavePlan,), frozen=True, **options)
+    for kind in (earlier_metadata, earlier_plan):
+        monkeypatch.setattr(megatron_torch, kind.__name__, kind)
+    plan = earlier_plan(PLAN.items, mcore_data={"a": {"prepend_axis_num": 0}})
+    found = read_small(small_metadata(earlier_metadata, mcore_data={"a": {}}, all_local_plans=[plan]), tmp_path)
+    assert found == small_metadata() and type(found) is Metadata
+    assert found.all_local_plans == [PLAN] and type(found.all_local_plans[0]) is SavePlan
+
+
+class Named:
+    """Pickled as ``getattr(owner, name)``, as early Python 3.11 (3.11.2, for one) has it for members of enumerations."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.arguments = owner, name
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
+        return getattr, self.arguments
+
+
+def test_members_of_enumerations_are_all_that_getattr_gives(tmp_path: Path) -> None:
+    for owner, name in ((_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"), (WriteItemType, "SHARD")):
+        assert read_small(small_metadata(planner_data=Named(owner, name)), tmp_path).planner_data is owner[name]
+    for owner in (Metadata, PosixPath, Metadata([])):
+        with pytest.raises(ValueError, match=r"\.metadata asks for getattr of .*, which could run code"):
+            read_small(small_metadata(planner_data=Named(owner, "__init__")), tmp_path)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged \(KeyError: '__class__'\)"):
+        read_small(small_metadata(planner_data=Named(WriteItemType, "__class__")), tmp_path)
 
 
 def outside(metadata: Any) -> None:

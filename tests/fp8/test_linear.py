@@ -175,7 +175,7 @@ def test_float8_that_nothing_implements_is_refused(monkeypatch: pytest.MonkeyPat
         choose_implementation("scaled_mm", cpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
-    with pytest.raises(ValueError, match=r"A100 \(compute capability 8.0\) has no float8 products.*8.9.*fp8.recipe=off"):
+    with pytest.raises(ValueError, match=r"A100 \(compute capability 8.0\) has no float8 products.*8.9.*'fp8={recipe: off}'"):
         choose_implementation("auto", gpu)
     assert choose_implementation("emulated", gpu) == "emulated"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -186,7 +186,9 @@ def test_chats_are_written_by_the_template(server: Server) -> None:
 
 
 def test_openais_own_client_is_served(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=60)
+    # Not through a proxy that the environment names.
+    direct = openai.DefaultHttpxClient(trust_env=False)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=60, http_client=direct)
     assert client.models.retrieve("small").id == client.models.list().data[0].id == "small"
     asked = {"model": "small", "prompt": "t5 t17 t3", "max_tokens": 6, "temperature": 0}
     text = server.complete(temperature=0)[1]["choices"][0]["text"]
