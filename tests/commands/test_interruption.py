@@ -47,7 +47,15 @@ def started(verb: str, run_dir: Path, *options: str, path: Path | None = None) -
     if path is not None:
         environment["PYTHONPATH"] = str(path)
     command = [sys.executable, "-m", "megatron_hybrid", verb, *arguments, *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # These tests may themselves have been started in a shell's background, where SIGINT is ignored, and what is ignored stays so.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         yield process
     finally:
