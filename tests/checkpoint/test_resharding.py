@@ -67,7 +67,7 @@ def load_weights_elsewhere(directory: Path, layout: Layout, seed: int) -> list[s
     return [name for name, value in loaded.items() if not value.equal(known[name].to(value.dtype))]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == KINDS[-1] else pytest.mark.slow) for kind in KINDS], ids=str)
 def test_state_goes_through_every_layout_and_comes_back(kind: Kind, tmp_path: Path, run_ranks: Callable) -> None:
     ring = RING if kind.precision == "bf16" else SHORT_RING
     run_ranks(save_known, 1, tmp_path, ring[0], kind, 5)

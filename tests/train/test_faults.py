@@ -139,6 +139,7 @@ def test_resume_refuses_another_stream_or_model(folder: Path, run_ranks) -> None
     assert "resume=false" in message and "step_00000001" in message
 
 
+@pytest.mark.slow
 def test_killed_command_continues(folder: Path) -> None:
     """The command as a user runs it, on two ranks: TERM mid-run gives 85 and a checkpoint, KILL later loses only what came after one; the
     end is as if nothing had happened."""
