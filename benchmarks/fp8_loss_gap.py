@@ -7,7 +7,7 @@ A fourth training is without float8 again, with micro-batches half as large: the
 The heads are such that in_proj's rows are a multiple of 16, as float8 wants them. The text is Python, whatever the run says, kept in
 --directory beside the trainings; what is there already goes on or is not repeated.
 The gap is (without - other) / without, averaged over --window steps: negative where the other is worse, as in Nemotron-H's figures 5 and 6.
-Prints the table of docs/cards/fp8_loss_gap.md and writes loss_gap.png beside the run directories.
+Prints a table and writes loss_gap.png beside the run directories.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.run_directory import kept_tokenizer
+from megatron_hybrid.convert.companions import GENERATION_CONFIG, read_json
 from megatron_hybrid.data.tokenizer import Tokenizer
 
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def native_companions(run: RunConfig, run_dir: Path, tokenizer: Tokenizer, heade
     end_tokens = {tokenizer.eod_id} | _end_tokens(stated["token_ids"])
     for options in (kept_tokenizer(run, run_dir), run.data.tokenizer):
         folder = options.path if options.path.is_dir() else options.path.parent
-        end_tokens |= _end_tokens(_read_json(folder / _GENERATION))
+        end_tokens |= _end_tokens(_read_json(folder / GENERATION_CONFIG))
         if template is None:
             template, special_tokens = _read_chat(folder)
     prefix = {"tokenizer": tokenizer.prefix, "end_of_document": (tokenizer.eod_id,), "nothing": ()}[stated["prompt_start"]]
@@ -60,7 +60,7 @@ def hub_companions(path: Path, tokenizer: Tokenizer) -> Companions:
     """Those of a Hugging Face directory."""
     template, special_tokens = _read_chat(path)
     end_tokens = {tokenizer.eod_id}
-    for name in (_CONFIG, _GENERATION):
+    for name in (_CONFIG, GENERATION_CONFIG):
         end_tokens |= _end_tokens(_read_json(path / name))
     return Companions(tokenizer.prefix, frozenset(end_tokens), template, special_tokens)
 
@@ -92,12 +92,4 @@ def _read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is no JSON object.
     """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object")
-    return content
+    return read_json(file) if file.is_file() else {}
