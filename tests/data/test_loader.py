@@ -135,19 +135,22 @@ def test_threads_end_with_the_loader(stream: SampleStream) -> None:
 
 
 def test_closing_waits_for_no_more_than_the_reading_in_progress(stream: SampleStream) -> None:
-    loader = BatchLoader(_SlowStream(stream), position=0, global_batch_size=32, micro_batch_size=1, data_rank=0, data_size=1, num_workers=4)
+    slow = _SlowStream(stream)
+    loader = BatchLoader(slow, position=0, global_batch_size=32, micro_batch_size=1, data_rank=0, data_size=1, num_workers=4)
     next(loader)
-    start = time.monotonic()
+    num_begun = slow.num_begun
     loader.close()
-    assert time.monotonic() - start < 1.2, "32 samples wait in the queue, 4 at a time, 0.2 s each"
+    # Each of the four threads may have taken one more between the two lines.
+    assert slow.num_begun <= num_begun + 4, "32 samples wait in the queue"
 
 
 class _SlowStream:
-    """Takes its time over every sample."""
+    """Takes its time over every sample, and counts them."""
 
     def __init__(self, stream: SampleStream) -> None:
-        self._stream = stream
+        self._stream, self.num_begun = stream, 0
 
     def __getitem__(self, index: int) -> Sample:
+        self.num_begun += 1
         time.sleep(0.2)
         return self._stream[index]
