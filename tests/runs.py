@@ -1,4 +1,4 @@
-"""A small run on a small corpus, for tests that train."""
+"""A small run on a small corpus, for tests that train, and its model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import numpy as np
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.data.indexed import IndexedWriter
+from megatron_hybrid.model.build import build_chunks
+from megatron_hybrid.model.hybrid import HybridModel
+from megatron_hybrid.substrate.context import Substrate
+from megatron_hybrid.substrate.groups import initialize
+from megatron_hybrid.substrate.transformer_config import build_transformer_config
 
 VOCAB_SIZE = 250
 EOD_ID = 0
@@ -57,3 +62,10 @@ def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
     for name, section in sections.items():
         options[name] = {**options.get(name, {}), **section} if isinstance(section, dict) else section
     return RunConfig(**options)
+
+
+def build_model(run: RunConfig) -> tuple[HybridModel, Substrate]:
+    """This rank's part of the model, in one chunk, and where the rank stands; joins the ranks of the run."""
+    substrate = initialize(run)
+    (model,) = build_chunks(run, build_transformer_config(run, substrate), substrate)
+    return model, substrate

@@ -18,11 +18,8 @@ from megatron_hybrid.convert.source import read_as
 from megatron_hybrid.generate.engine import Engine, Start
 from megatron_hybrid.generate.sampling import Sampling
 from megatron_hybrid.generate.stages import Stages
-from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.model.hybrid import HybridModel
-from megatron_hybrid.substrate.groups import initialize
-from megatron_hybrid.substrate.transformer_config import build_transformer_config
-from tests.runs import VOCAB_SIZE
+from tests.runs import VOCAB_SIZE, build_model
 from tests.train.layouts import RankReport, Shard, _picklable
 
 TOKENS_BL = torch.randint(VOCAB_SIZE, (2, 41), generator=torch.Generator().manual_seed(1))
@@ -35,8 +32,7 @@ def our_side(path: Path, run: RunConfig) -> Found:
     """Logits, gradients by parameter and greedy tokens of the model in a Hugging Face directory; runs on a rank."""
     source = HubSource(path)
     run = run.model_copy(update={"model": source.model})
-    substrate = initialize(run)
-    (model,) = build_chunks(run, build_transformer_config(run, substrate), substrate)
+    model, _ = build_model(run)
     parameters = dict(model.named_global_parameters())
     with torch.no_grad():
         for each in correspondences(source.model):
@@ -51,9 +47,8 @@ def our_side(path: Path, run: RunConfig) -> Found:
 
 def our_side_in_shards(path: Path, run: RunConfig) -> tuple[RankReport, Found]:
     """This rank's gradients, and what the last stage sees, of a run directory loaded as training does; two stages."""
-    substrate = initialize(run)
+    model, substrate = build_model(run)
     stages, group = Stages.of(substrate), substrate.pipeline_group
-    (model,) = build_chunks(run, build_transformer_config(run, substrate), substrate)
     sharded = shard_parameters(model.named_global_parameters(), substrate.tensor_group, substrate.data_group)
     weights = load(NativeSource(path).path, {"model": sharded}, group=substrate.control_group)["model"]
     with torch.no_grad():

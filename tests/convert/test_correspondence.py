@@ -14,11 +14,8 @@ from megatron_hybrid.config import RunConfig
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.hub_config import model_from_hub
 from megatron_hybrid.layout.parameters import num_parameters
-from megatron_hybrid.model.build import build_chunks
-from megatron_hybrid.substrate.groups import initialize
-from megatron_hybrid.substrate.transformer_config import build_transformer_config
 from tests.convert.checkpoints import BASE, CONFIG, SHAPES
-from tests.runs import small_run
+from tests.runs import build_model, small_run
 
 OTHER = {"vocab_size": 256, "mamba_conv_width": 6, "mamba_head_dim": 80, "num_kv_heads": 1, "mamba_num_groups": 1}
 Described = dict[str, tuple[tuple[int, ...], int | None, bool]]
@@ -26,8 +23,7 @@ Described = dict[str, tuple[tuple[int, ...], int | None, bool]]
 
 def declared_tensors(run: RunConfig) -> Described:
     """Key -> (shape, cut dimension, kept in fp32) of a bf16 model, by what its layers declare; runs on a rank."""
-    substrate = initialize(run)
-    (model,) = build_chunks(run, build_transformer_config(run, substrate), substrate)
+    model, _ = build_model(run)
     found: Described = {}
     for name, parameter in model.named_global_parameters():
         declaration, is_fp32 = parameter.declaration, parameter.dtype == torch.float32

@@ -62,9 +62,10 @@ def test_peak_memory_is_bounded_by_the_largest_tensor(shape: str, tmp_path: Path
     total, largest = write_large(tmp_path / "hf", shape)
     assert total > 3 * largest
     # Cut for tensor ranks, so that the way back puts tensors together from parts.
-    for arguments in (["hf", "--to", "native", "--tensor", "8", "hf", "native"], ["native", "--to", "hf", "native", "back"]):
-        command = [sys.executable, "-c", MEASURE, "--from", *arguments[:-2], *(str(tmp_path / name) for name in arguments[-2:])]
+    there, back = ["--from", "hf", "--to", "native", "--tensor", "8"], ["--from", "native", "--to", "hf"]
+    for options, source, target in ((there, "hf", "native"), (back, "native", "back")):
+        command = [sys.executable, "-c", MEASURE, *options, str(tmp_path / source), str(tmp_path / target)]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peak = int(result.stdout.split()[-2]) * 1024
-        print(f"{arguments}: {total:,} bytes, largest tensor {largest:,}, peak {peak:,}\n{result.stdout}")
+        print(f"{' '.join(options)}: {total:,} bytes, largest tensor {largest:,}, peak {peak:,}\n{result.stdout}")
         assert peak < 2 * largest + 10**9

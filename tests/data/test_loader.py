@@ -138,19 +138,19 @@ def test_closing_waits_for_no_more_than_the_reading_in_progress(stream: SampleSt
     slow = _SlowStream(stream)
     loader = BatchLoader(slow, position=0, global_batch_size=32, micro_batch_size=1, data_rank=0, data_size=1, num_workers=4)
     next(loader)
-    num_begun = slow.num_begun
+    num_begun = len(slow.begun)
     loader.close()
     # Each of the four threads may have taken one more between the two lines.
-    assert slow.num_begun <= num_begun + 4, "32 samples wait in the queue"
+    assert len(slow.begun) <= num_begun + 4, "32 samples wait in the queue"
 
 
 class _SlowStream:
-    """Takes its time over every sample, and counts them."""
+    """Takes its time over every sample, and notes which it was asked for."""
 
     def __init__(self, stream: SampleStream) -> None:
-        self._stream, self.num_begun = stream, 0
+        self._stream, self.begun = stream, list[int]()
 
     def __getitem__(self, index: int) -> Sample:
-        self.num_begun += 1
+        self.begun.append(index)
         time.sleep(0.2)
         return self._stream[index]

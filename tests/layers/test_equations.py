@@ -12,11 +12,9 @@ from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig, RunConfig
 from megatron_hybrid.layout.pattern import ATTENTION, MAMBA, MLP
-from megatron_hybrid.model.build import build_chunks
 from megatron_hybrid.ops.ssd import ssd_reference
-from megatron_hybrid.substrate.groups import initialize, shutdown
-from megatron_hybrid.substrate.transformer_config import build_transformer_config
-from tests.runs import small_run
+from megatron_hybrid.substrate.groups import shutdown
+from tests.runs import build_model, small_run
 
 Weights = dict[str, Tensor]
 
@@ -72,9 +70,8 @@ LENGTH, BATCH = 40, 2
 
 def distances(run: RunConfig) -> dict[str, float]:
     """Relative distance of output and gradients from the equations', by name, for a model of one layer; runs on a rank."""
-    substrate = initialize(run)
-    (chunk,) = build_chunks(run, build_transformer_config(run, substrate), substrate)
-    layer, generator = chunk.decoder.layers[0], torch.Generator().manual_seed(0)
+    model, substrate = build_model(run)
+    layer, generator = model.decoder.layers[0], torch.Generator().manual_seed(0)
     (block,) = layer.children()
     weights = dict(block.named_parameters())
     for name, parameter in weights.items():
@@ -91,7 +88,7 @@ def distances(run: RunConfig) -> dict[str, float]:
         output_LBD.backward(direction_LBD)
         return [output_LBD, *(leaf.grad for leaf in leaves)]
 
-    found = with_gradients(layer(hidden_LBD, chunk.describe_sequence(LENGTH)))
+    found = with_gradients(layer(hidden_LBD, model.describe_sequence(LENGTH)))
     expected = with_gradients(hidden_LBD + EQUATIONS[run.model.pattern](run.model, weights, hidden_LBD))
     shutdown(substrate)
     names = ["output", "hidden", *weights]

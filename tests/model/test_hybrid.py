@@ -9,22 +9,13 @@ import torch
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.layout.parameters import num_parameters
-from megatron_hybrid.model.build import build_chunks
-from megatron_hybrid.substrate.groups import initialize, shutdown
-from megatron_hybrid.substrate.transformer_config import build_transformer_config
-from tests.runs import MODEL, small_run
-
-
-def build(run: RunConfig):
-    """The one chunk of a one-rank run, and its device; runs on a rank."""
-    substrate = initialize(run)
-    (chunk,) = build_chunks(run, build_transformer_config(run, substrate), substrate)
-    return chunk, substrate
+from megatron_hybrid.substrate.groups import shutdown
+from tests.runs import MODEL, build_model, small_run
 
 
 def leaks(run: RunConfig) -> dict[str, float]:
     """Change the first of two documents and see what the second one's losses and gradients notice; runs on a rank."""
-    model, substrate = build(run)
+    model, substrate = build_model(run)
     length, cut = 40, 17
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, MODEL["vocab_size"], (1, length), generator=generator).to(substrate.device)
@@ -58,7 +49,7 @@ def test_documents_do_not_see_each_other(pattern: str, tmp_path: Path, run_ranks
 
 def describe(run: RunConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> (shape, dtype) of every parameter; runs on a rank."""
-    model, substrate = build(run)
+    model, substrate = build_model(run)
     found = {name: (tuple(parameter.shape), str(parameter.dtype)) for name, parameter in model.named_global_parameters()}
     shutdown(substrate)
     return found
@@ -95,7 +86,7 @@ def test_names_are_megatron_lms_and_ssm_parameters_stay_fp32(tmp_path: Path, run
 
 def saved_bytes(run: RunConfig) -> int:
     """Bytes that the forward pass keeps for the backward one; runs on a rank."""
-    model, substrate = build(run)
+    model, substrate = build_model(run)
     tokens = torch.randint(1, MODEL["vocab_size"], (4, 40), generator=torch.Generator().manual_seed(0)).to(substrate.device)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
