@@ -217,9 +217,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         return FINISHED if good else ERROR
     try:
         partial = run_conversion(source, target, plan, arguments.target)
+    except BAD_PATH:
+        raise
     except OSError as error:
-        if isinstance(error, BAD_PATH):
-            raise
         raise OSError(f"{error}; {_KEPT}") from error
     if give_verdict(source, target, partial, plan, with_logits=with_logits):
         publish(partial, arguments.target)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.output is not None:
             check_output_file(arguments.output)
     except ValueError as error:
-        parser.error(f"--output {error}")
+        parser.error(str(error))
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
 import secrets
@@ -114,6 +113,8 @@ def _read_text(name: str) -> str:
 
 def _read_lines(name: str) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; empty lines are passed over."""
+    from megatron_hybrid.config.errors import nearest
+
     text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -126,8 +127,8 @@ def _read_lines(name: str) -> list[dict[str, Any]]:
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ValueError(f'{name}, line {number}: expected an object with a text "prompt"')
         for key in entry.keys() - {*_OWN, "prompt"}:
-            if meant := difflib.get_close_matches(key, _OWN, n=1, cutoff=_LIKE_AN_OPTION):
-                raise ValueError(f"{name}, line {number}: there is no option {key!r}; did you mean {meant[0]!r}? If not, rename the key")
+            if meant := nearest(key, _OWN, _LIKE_AN_OPTION):
+                raise ValueError(f"{name}, line {number}: there is no option {key!r}{meant} If not, rename the key")
         lines.append(entry)
     if not lines:
         raise ValueError(f"{name} has no prompts")
@@ -141,10 +142,7 @@ def _check_output(source: str, target: Path) -> None:
         ValueError: it cannot be written, or it is the --input.
     """
     for file in _places(target):
-        try:
-            check_output_file(file)
-        except ValueError as error:
-            raise ValueError(f"--output {error}") from None
+        check_output_file(file)
         if source != "-" and file.exists() and file.samefile(source):
             raise ValueError(f"--output {target} would overwrite {file}, which is the --input; give another file")
 

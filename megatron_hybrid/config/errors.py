@@ -48,9 +48,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     return [_explain_one(details, options) for details in found if not _follows_from_items(details, found)]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'X'?" for the name most like ``name``, or nothing where none is."""
-    matches = difflib.get_close_matches(name, known, n=1)
+def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """Return "; did you mean 'X'?" for the name most like ``name``, or nothing where none shares as much of its letters (``difflib``'s
+    ratio)."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_hybrid.config import TokenizerConfig
+from megatron_hybrid.config import RunConfig, TokenizerConfig
 from megatron_hybrid.data.tokenizer import load_tokenizer
 
 TOKENIZER_FILES = (
@@ -49,8 +49,22 @@ class Companions:
         return {"token_ids": dict(self.token_ids), "prompt_start": self.prompt_start}
 
 
-def find_tokenizer(folder: Path) -> TokenizerConfig | None:
-    """Return how to read the tokenizer in a folder, None when there is none."""
+def prompt_start_of(run: RunConfig) -> PromptStart:
+    """Return how a run of ours began its documents, and so how prompts to its model begin.
+
+    With ``data.reset_at_documents`` a document began from an empty state with its own first token. Without, it came after the
+    end-of-document token of the one before.
+    """
+    return "nothing" if run.data.reset_at_documents else "end_of_document"
+
+
+def tokenizer_in(folder: Path) -> tuple[TokenizerConfig | None, dict[str, Path]]:
+    """Return how to read the tokenizer in a folder, None when there is none, and the files that go with the weights."""
+    tokenizer = _find_tokenizer(folder)
+    return tokenizer, files_in(folder) if tokenizer is None else files_of(tokenizer)
+
+
+def _find_tokenizer(folder: Path) -> TokenizerConfig | None:
     if (folder / "tokenizer.json").is_file():
         return TokenizerConfig(kind="huggingface", path=folder / "tokenizer.json")
     if models := sorted(folder.glob("*.model")):
@@ -112,9 +126,14 @@ def read_token_ids(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     found = {key: fields[key] for key in TOKEN_IDS if key in fields}
     for key, value in found.items():
-        if not all(type(each) is int for each in (value if isinstance(value, list) else [] if value is None else [value])):
+        if not all(type(each) is int for each in ids_of(value)):
             raise ValueError(f"{name} has {key}={value!r}; expected a token's id, a list of ids or null")
     return found
+
+
+def ids_of(value: Any) -> list[Any]:
+    """Return as a list what a configuration has as an id, a list of ids or null."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
-from megatron_hybrid.convert.companions import Companions, files_in, files_of, find_tokenizer, read_json, read_token_ids
+from megatron_hybrid.convert.companions import Companions, copy_tokenizer, read_json, read_token_ids, tokenizer_in
 from megatron_hybrid.convert.correspondence import HUB_HEAD, correspondences
 from megatron_hybrid.convert.hub_config import HubStyle, hub_from_model, model_from_hub
 from megatron_hybrid.convert.rearrange import to_hub
@@ -167,8 +166,7 @@ class HubTarget:
     def finish(self, directory: Path, written: Sequence[list[dict[str, Any]]]) -> None:
         """See ``Target``."""
         self._new_writer(directory, 0).finish(self._config)
-        for name, file in self._plan.companions.tokenizer_files.items():
-            shutil.copyfile(file, directory / name)
+        copy_tokenizer(self._plan.companions, directory, directory)
 
     def read_back(self, directory: Path) -> HubSource:
         """See ``Target``."""
@@ -236,12 +234,12 @@ def _cut(specs: Mapping[str, TensorSpec], shard_bytes: int) -> Sequence[dict[str
 
 
 def _companions(path: Path, config: Mapping[str, Any]) -> Companions:
-    tokenizer = find_tokenizer(path)
+    tokenizer, files = tokenizer_in(path)
     length = config.get("max_position_embeddings")
     if length is not None and type(length) is not int:
         raise ValueError(f"{CONFIG} has max_position_embeddings={length!r}; expected a number of tokens")
     return Companions(
-        tokenizer_files=files_in(path) if tokenizer is None else files_of(tokenizer),
+        tokenizer_files=files,
         tokenizer=tokenizer,
         token_ids=read_token_ids(config, CONFIG),
         prompt_start="tokenizer",

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from megatron_hybrid.config import ModelConfig
 from megatron_hybrid.config.run_directory import TOKENIZER_FOLDER
-from megatron_hybrid.convert.companions import Companions, copy_tokenizer, files_in, files_of, find_tokenizer
+from megatron_hybrid.convert.companions import Companions, copy_tokenizer, tokenizer_in
 from megatron_hybrid.convert.correspondence import correspondences
 from megatron_hybrid.convert.source import Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
 from megatron_hybrid.convert.target import Plan
 from megatron_hybrid.convert.torch_dist import TorchDistReader, finish_directory
+from megatron_hybrid.convert.torch_dist_metadata import METADATA
 from megatron_hybrid.convert.torch_dist_target import TorchDistTarget
 from megatron_hybrid.convert.widen import require_one_width
 
@@ -88,10 +89,9 @@ class MegatronSource:
             model = own
         self.model = with_padding(model, padded_vocab_size)
         check_specs(self.path, self.specs, {tensor.key: tensor.shape for each in correspondences(self.model) for tensor in each.native})
-        folder = self.path.parent / TOKENIZER_FOLDER
-        tokenizer = find_tokenizer(folder)
+        tokenizer, files = tokenizer_in(self.path.parent / TOKENIZER_FOLDER)
         self.companions = Companions(
-            tokenizer_files=files_in(folder) if tokenizer is None else files_of(tokenizer),
+            tokenizer_files=files,
             tokenizer=tokenizer,
             sequence_length=getattr(arguments, "seq_length", None) or Companions.sequence_length,
             step=int(common.get("iteration", 0)),
@@ -233,11 +233,11 @@ def _check_agreement(path: Path, own: ModelConfig, given: ModelConfig | None) ->
 
 
 def _find_iteration(path: Path) -> Path:
-    if (path / ".metadata").is_file():
+    if (path / METADATA).is_file():
         return path
     tracker = path / TRACKER
     if not tracker.is_file():
-        raise ValueError(f"{path} is neither a torch_dist checkpoint (no .metadata) nor a folder of them (no {TRACKER})")
+        raise ValueError(f"{path} is neither a torch_dist checkpoint (no {METADATA}) nor a folder of them (no {TRACKER})")
     text = tracker.read_text().strip()
     if not re.fullmatch(r"\d+|release", text):
         raise ValueError(f"{tracker} has {text!r}, expected an iteration")

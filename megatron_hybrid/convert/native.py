@@ -18,7 +18,7 @@ from megatron_hybrid.checkpoint.manifest import MANIFEST, Manifest, TensorFacts,
 from megatron_hybrid.checkpoint.store import LATEST, complete_steps, step_name
 from megatron_hybrid.config import ModelConfig, RunConfig, TokenizerConfig, dump_config, load_config
 from megatron_hybrid.config.run_directory import CHECKPOINTS_NAME, CONFIG_NAME, TOKENIZER_FOLDER, kept_tokenizer
-from megatron_hybrid.convert.companions import Companions, copy_tokenizer, files_in, files_of, with_tokenizer
+from megatron_hybrid.convert.companions import Companions, copy_tokenizer, files_in, files_of, prompt_start_of, with_tokenizer
 from megatron_hybrid.convert.correspondence import NativeTensor, correspondences
 from megatron_hybrid.convert.source import Form
 from megatron_hybrid.convert.specs import TensorSpec, check_specs
@@ -73,9 +73,8 @@ class NativeSource:
         run = load_config(run_dir / CONFIG_NAME) if (run_dir / CONFIG_NAME).is_file() else None
         known = Companions(step=self._step)
         if run is not None:
-            start = "nothing" if run.data.reset_at_documents else "end_of_document"
             files = files_in(run_dir / TOKENIZER_FOLDER)
-            known = replace(known, sequence_length=run.data.sequence_length, prompt_start=start, tokenizer_files=files)
+            known = replace(known, sequence_length=run.data.sequence_length, prompt_start=prompt_start_of(run), tokenizer_files=files)
         # A converted checkpoint says what its source said.
         known = replace(known, **self._stated)
         tokenizer = self._tokenizer or (run and _tokenizer_of(run, run_dir))

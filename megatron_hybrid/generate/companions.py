@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_hybrid.config import RunConfig
 from megatron_hybrid.config.run_directory import kept_tokenizer
-from megatron_hybrid.convert.companions import GENERATION_CONFIG, read_json
+from megatron_hybrid.convert.companions import GENERATION_CONFIG, ids_of, prompt_start_of, read_json
 from megatron_hybrid.data.tokenizer import Tokenizer
 
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -45,7 +45,7 @@ def native_companions(run: RunConfig, run_dir: Path, tokenizer: Tokenizer, heade
         header: the checkpoint's.
     """
     template, special_tokens = None, {}
-    stated = header.get("companions", {"token_ids": {}, "prompt_start": "nothing" if run.data.reset_at_documents else "end_of_document"})
+    stated = header.get("companions", {"token_ids": {}, "prompt_start": prompt_start_of(run)})
     end_tokens = {tokenizer.eod_id} | _end_tokens(stated["token_ids"])
     for options in (kept_tokenizer(run, run_dir), run.data.tokenizer):
         folder = options.path if options.path.is_dir() else options.path.parent
@@ -66,8 +66,7 @@ def hub_companions(path: Path, tokenizer: Tokenizer) -> Companions:
 
 
 def _end_tokens(fields: Mapping[str, Any]) -> set[int]:
-    eos = fields.get("eos_token_id")
-    return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return set(ids_of(fields.get("eos_token_id")))
 
 
 def _read_chat(folder: Path) -> tuple[str | None, dict[str, str]]:
