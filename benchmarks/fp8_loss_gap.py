@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses = {name: read_losses(run_directory(arguments.directory, name)) for name in trainings}
     gaps = {name: gap_to(losses[BASELINE], each, arguments.window) for name, each in losses.items() if name != BASELINE}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    which = {name: describe_float8(runs[name], device) for name in FLOAT8}
-    print("\n".join(["", *(line for lines in which.values() for line in lines), "", describe(losses, gaps)]))
+    which = [line for name in FLOAT8 for line in describe_float8(runs[name], device)]
+    print("\n".join(["", *which, "", describe(losses, gaps)]))
     picture = arguments.directory / "loss_gap.png"
     figure = draw(losses[BASELINE], gaps, arguments.window)
     FigureCanvasAgg(figure)

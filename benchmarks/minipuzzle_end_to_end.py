@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parent_run = load_config(arguments.parent, arguments.parent_option)
     work_dir = load_minipuzzle(arguments.compression, arguments.option).work_dir
     work_dirs = [work_dir.with_name(f"{work_dir.name}-{seed}") for seed in range(1, arguments.seeds + 1)]
-    ((_, corpus),) = parent_run.data.sources.items()
+    (corpus,) = parent_run.data.sources.values()
     code = prepare_text(parent_run.data.tokenizer.path, corpus, parent_run.model.vocab_size, arguments.text_mb)
     code = code or run("megatron_hybrid", "pretrain", arguments.parent, *arguments.parent_option)
     if code:

@@ -132,6 +132,11 @@ def load_candidates(parent: Parent) -> list[Listed]:
     ]
 
 
+def find_candidate(listed: Iterable[Listed], name: str | None) -> Candidate | None:
+    """Return the candidate of this name, or None where none has it."""
+    return next((each.candidate for each in listed if each.candidate.name == name), None)
+
+
 def read_candidates(files: WorkFiles) -> dict[str, Any]:
     """Return the stage's file as it is: ``candidates``, one mapping each, and ``made_from``.
 

@@ -17,7 +17,7 @@ from megatron_hybrid.layout.pattern import ATTENTION, KIND_NAMES, MAMBA, MLP
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.parent import Parent
 from tools.minipuzzle.prediction import Prediction, compare_predictions, describe_predictions
-from tools.minipuzzle.rank import Listed, load_candidates, scores_for
+from tools.minipuzzle.rank import Listed, find_candidate, load_candidates, scores_for
 from tools.minipuzzle.results import Result, ResultKind, Results, current_results, summarise
 from tools.minipuzzle.scores import SYNTHETIC, Scores
 
@@ -46,7 +46,7 @@ def write_report(parent: Parent) -> list[str]:
     body = [f"<h1>{html.escape(parent.config.parent)}</h1>"]
     if scores.checkpoint == SYNTHETIC:
         body.append('<p class="note">No weights, no scores: the importance is made up. Counts, patterns and memory are not.</p>')
-    winner = next((each.candidate for each in listed if each.candidate.name == results.winner), None)
+    winner = find_candidate(listed, results.winner)
     predictions = compare_predictions(parent, results, winner)
     sentences = [*summarise(results), *describe_predictions(predictions, parent.config.search.latency.limit_ms)]
     body += [f"<p><b>{html.escape(sentence)}</b></p>" for sentence in sentences]

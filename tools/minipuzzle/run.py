@@ -21,7 +21,7 @@ from tools.minipuzzle.distill import Kind, check_trainings, planned_kinds, train
 from tools.minipuzzle.files import WorkFiles
 from tools.minipuzzle.inputs import Inputs, differences, scoring_inputs, search_inputs
 from tools.minipuzzle.parent import Parent, find_parent
-from tools.minipuzzle.rank import Listed, best_first, load_candidates, quality_key, read_candidates, scores_for, search
+from tools.minipuzzle.rank import Listed, best_first, find_candidate, load_candidates, quality_key, read_candidates, scores_for, search
 from tools.minipuzzle.results import choose_winner, current_results, measure_results, measure_speed, save_results, to_subject
 from tools.minipuzzle.score import score
 from tools.minipuzzle.scores import read_json
@@ -182,8 +182,8 @@ def _report(parent: Parent) -> Iterator[int | None]:
     from tools.minipuzzle.report import write_report
 
     results = current_results(parent)
-    winner = next((each.candidate for each in load_candidates(parent) if each.candidate.name == results.winner), None)
-    if winner is not None and results.find("long", winner.name) is not None and not results.speeds:
+    is_trained = results.winner is not None and results.find("long", results.winner) is not None
+    if is_trained and not results.speeds and (winner := find_candidate(load_candidates(parent), results.winner)) is not None:
         # A model that does not fit one rank cannot be timed, and has its page all the same.
         write_report(parent)
         print("time decoding of parent and child on one rank of this device", flush=True)
