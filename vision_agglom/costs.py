@@ -28,7 +28,7 @@ def count_workloads(run: VisionConfig, name: str) -> Counter[Workload]:
     images: Counter[Workload] = Counter()
     for stage in run.stages:
         for part in stage.partitions:
-            if name in (part.teachers or run.teacher_names):
+            if name in run.teachers_of(part):
                 for resolution in part.resolutions:
                     share = part.turns(stage.steps) * part.batch_size / len(part.resolutions)
                     images[Workload(resolution, part.micro_batch_size)] += share

@@ -73,7 +73,7 @@ def check_facts(run: VisionConfig, facts: Mapping[str, TeacherFacts]) -> None:
             raise ValueError(f"teacher {name!r} has no summary; set its summary_loss=none")
     for stage in run.stages:
         for part in stage.partitions:
-            for name in (name for name in facts if name in (part.teachers or run.teacher_names)):
+            for name in (name for name in facts if name in run.teachers_of(part)):
                 for resolution in part.resolutions:
                     plan_showing(run.teacher(name), facts[name], resolution // run.student.patch_size)
 
@@ -84,7 +84,16 @@ def load_facts(run: VisionConfig, load: LoadTeacher) -> dict[str, TeacherFacts]:
     Raises:
         ValueError: a teacher cannot be loaded.
     """
-    return {teacher.name: load(teacher, torch.device("cpu"), _dtype(run)).facts for teacher in run.teachers}
+    facts: dict[str, TeacherFacts] = {}
+    for spec in run.teachers:
+        facts[spec.name] = load(spec, torch.device("cpu"), _dtype(run)).facts
+        _collect()
+    return facts
+
+
+def _collect() -> None:
+    """Let a dropped teacher go now: a library's model may refer to itself, and the collector may come after the next one is loaded."""
+    gc.collect()
 
 
 def _measure_one_at_a_time(run: VisionConfig, substrate: Substrate, load: LoadTeacher, dtype: torch.dtype) -> dict[str, float]:
@@ -96,8 +105,7 @@ def _measure_one_at_a_time(run: VisionConfig, substrate: Substrate, load: LoadTe
         check_facts(run, facts)
         costs[spec.name] = measure_cost(run, TeacherPanel([spec], facts, teachers, substrate, None, dtype), spec.name)
         teachers.clear()
-        # A library's model may refer to itself: then it goes when the collector comes, which may be after the next one is loaded.
-        gc.collect()
+        _collect()
         if substrate.device.type == "cuda":
             torch.cuda.empty_cache()
     return costs

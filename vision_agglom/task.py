@@ -235,7 +235,7 @@ class Distillation:
     def _ask_teachers(self, micro: VisionMicroBatch) -> dict[str, TeacherAnswer]:
         """What the partition's teachers say of the windows that they see."""
         side = self._student_side(micro)
-        names = micro.part.partition.teachers or self.run.teacher_names
+        names = self.run.teachers_of(micro.part.partition)
         views = {name: micro.view(name, self.panel.showing(name, side).grid, self.run.seed) for name in names}
         windows = {name: cut_window(micro.batch.images_BCHW, view) for name, view in views.items()}
         described = self.panel.describe(windows, side)

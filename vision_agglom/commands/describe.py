@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def describe_showings(run: VisionConfig, facts: Mapping[str, TeacherFacts]) -> str:
     """What each teacher takes, gives and is shown, as aligned text; ``check_facts`` has passed."""
+    from vision_agglom.costs import count_workloads
     from vision_agglom.panel import plan_showing
 
     resolutions = sorted({side for stage in run.stages for part in stage.partitions for side in part.resolutions})
@@ -61,21 +62,13 @@ def describe_showings(run: VisionConfig, facts: Mapping[str, TeacherFacts]) -> s
     lines = [f"{columns}  shown at {', '.join(map(str, resolutions))}"]
     for teacher in run.teachers:
         fact = facts[teacher.name]
-        shown = [
-            str(plan_showing(teacher, fact, side // run.student.patch_size).side) if _meets(run, teacher.name, side) else "-"
-            for side in resolutions
-        ]
+        met = {workload.resolution for workload in count_workloads(run, teacher.name)}
+        shown = [str(plan_showing(teacher, fact, side // run.student.patch_size).side) if side in met else "-" for side in resolutions]
         lines.append(
             f"{fact.name:<12} {fact.patch_size:>5} {fact.resolution:>5} {'fixed' if fact.fixed_resolution else 'any':<6} "
             f"{fact.summary_channels or '-':>7} {fact.spatial_channels:>7}  {', '.join(shown)}"
         )
     return "\n".join(lines)
-
-
-def _meets(run: VisionConfig, name: str, resolution: int) -> bool:
-    """Whether some partition shows a teacher images of the student's at this resolution."""
-    partitions = (part for stage in run.stages for part in stage.partitions)
-    return any(resolution in part.resolutions and name in (part.teachers or run.teacher_names) for part in partitions)
 
 
 def describe(run: VisionConfig) -> str:
@@ -103,7 +96,7 @@ def describe(run: VisionConfig) -> str:
                 tokens = run.num_prefix_tokens + (resolution // student.patch_size) ** 2
                 lines.append(
                     f"{index:<6} {stage.steps:>8,} {partition.batch_size:>11,} {partition.rate:>5g} {resolution:>10} {tokens:>7,} "
-                    f"{training_flops_per_image(student, tokens, ()) / 1e9:>12,.1f}  {', '.join(partition.teachers or run.teacher_names)}"
+                    f"{training_flops_per_image(student, tokens, ()) / 1e9:>12,.1f}  {', '.join(run.teachers_of(partition))}"
                 )
     parallel = run.parallel
     blocks = ", ".join(f"{first}-{end - 1}" for first, end in block_ranges(student.num_layers, parallel))

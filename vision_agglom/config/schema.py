@@ -91,6 +91,10 @@ class VisionConfig(Section):
         """Names in order."""
         return tuple(teacher.name for teacher in self.teachers)
 
+    def teachers_of(self, partition: PartitionConfig) -> tuple[str, ...]:
+        """Names of the teachers that see a partition's images: all where it names none."""
+        return partition.teachers or self.teacher_names
+
     def teacher(self, name: str) -> DistilledTeacherConfig:
         """The teacher of this name."""
         (found,) = (teacher for teacher in self.teachers if teacher.name == name)

@@ -47,7 +47,7 @@ def read_vit_file(path: str | Path) -> VitFile:
     """
     state, args = _read_state(Path(path))
     if f"{GENERATOR}pos_embed" not in state:
-        return VitFile(rename_timm(state), args, is_timm=True, num_cls_tokens=int("cls_token" in state))
+        return VitFile(_rename_timm(state), args, is_timm=True, num_cls_tokens=int("cls_token" in state))
     return VitFile(state, args, is_timm=False, num_cls_tokens=_count_cls_tokens(args))
 
 
@@ -84,7 +84,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     return dict(state), args
 
 
-def rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rename_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring a timm ViT into NVlabs' names: its tokens' own positions are added to the tokens, which changes nothing.
 
     Raises:

@@ -110,10 +110,11 @@ def arrange_for_student(file: VitFile, student: StudentConfig) -> PretrainedWeig
                 tensors[f"blocks.{index}.{ours}"] = _arrange(theirs, left.pop(f"blocks.{index}.{theirs}"), student)
     if student.final_norm:
         tensors |= {f"final_norm.{kind}": left.pop(f"norm.{kind}") for kind in ("weight", "bias") if f"norm.{kind}" in left}
-    # The student has its own of these, or none.
-    without_place = [name for name in left if is_behind_backbone(name) or name.startswith(FEATURE_NORMALIZER)]
-    passed_over += without_place
-    unread = [name for name in left if name not in without_place]
+    unread = []
+    for name in left:
+        # The student has its own of these, or none.
+        has_own = is_behind_backbone(name) or name.startswith(FEATURE_NORMALIZER)
+        (passed_over if has_own else unread).append(name)
     if unread:
         raise ValueError(
             f"the student (num_layers={student.num_layers}, mlp={student.mlp}, layer_scale={student.layer_scale}, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vision_agglom.config.teachers import TeacherConfig
-from vision_agglom.plain.files import FEATURE_NORMALIZER, GENERATOR, is_behind_backbone, read_vit_file
+from vision_agglom.plain.files import BACKBONE, FEATURE_NORMALIZER, GENERATOR, VitFile, is_behind_backbone, read_vit_file
 from vision_agglom.plain.vit import RGB, PlainViT, PlainViTShape
 from vision_agglom.teachers.tower import IMAGENET, Tower, build_seeded
 
@@ -38,10 +38,10 @@ def build_tower(spec: TeacherConfig) -> Tower:
             f"the file maps its features once more ({FEATURE_NORMALIZER}...), which this reader does not; take another teacher"
         )
     if file.is_timm:
-        if not len(state[f"{GENERATOR}cls_token.token"]):
+        if not file.num_cls_tokens:
             raise ValueError("expected a timm ViT with a class token")
         state |= {f"input_conditioner.norm_{kind}": torch.tensor(rgb).view(3, 1, 1) for kind, rgb in zip(("mean", "std"), IMAGENET)}
-    model = PlainViT(_find_shape(state, file.args, spec.options))
+    model = PlainViT(_find_shape(state, file, spec.options))
     model.load_state_dict(state)
     return _tower(model, fixed_resolution=file.is_timm)
 
@@ -80,29 +80,29 @@ def _rgb(values: Tensor) -> RGB:
     return red, green, blue
 
 
-def _find_shape(state: dict[str, Tensor], args: argparse.Namespace, options: dict[str, Any]) -> PlainViTShape:
-    embedder = state["base_model.patch_generator.embedder.weight"]
-    blocks = {name.split(".")[2] for name in state if name.startswith("base_model.blocks.")}
-    teachers = getattr(args, "teachers", None) or [{"name": "own"}]
+def _find_shape(state: dict[str, Tensor], file: VitFile, options: dict[str, Any]) -> PlainViTShape:
+    embedder = state[f"{GENERATOR}embedder.weight"]
+    blocks = {name.split(".")[2] for name in state if name.startswith(f"{BACKBONE}blocks.")}
+    teachers = getattr(file.args, "teachers", None) or [{"name": "own"}]
     names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
     used = {teacher["name"] for teacher in teachers if teacher.get("use_summary", True)}
     first_places = [[teacher["name"] for teacher in teachers].index(name) for name in names if name in used]
-    num_prefix = len(state["base_model.patch_generator.cls_token.token"])
-    num_cls_tokens = len(names) if getattr(args, "cls_token_per_teacher", True) else 1
+    num_prefix = len(state[f"{GENERATOR}cls_token.token"])
+    num_cls_tokens = file.num_cls_tokens or 1
     return PlainViTShape(
         hidden_size=len(embedder),
         num_layers=len(blocks),
-        num_heads=find_num_heads(args, options),
+        num_heads=find_num_heads(file.args, options),
         patch_size=math.isqrt(embedder.shape[1] // 3),
-        mlp_hidden_size=len(state["base_model.blocks.0.mlp.fc1.weight"]),
+        mlp_hidden_size=len(state[f"{BACKBONE}blocks.0.mlp.fc1.weight"]),
         num_cls_tokens=num_cls_tokens,
         num_registers=num_prefix - num_cls_tokens,
         summary_idxs=tuple(sorted(first_places)) if num_cls_tokens > 1 else (0,),
-        table_side=math.isqrt(state["base_model.patch_generator.pos_embed"].shape[1]),
-        final_norm="base_model.norm.weight" in state,
-        layer_scale="base_model.blocks.0.ls1.gamma" in state,
-        qkv_bias="base_model.blocks.0.attn.qkv.bias" in state,
-        patch_bias="base_model.patch_generator.embedder.bias" in state,
+        table_side=math.isqrt(state[f"{GENERATOR}pos_embed"].shape[1]),
+        final_norm=f"{BACKBONE}norm.weight" in state,
+        layer_scale=f"{BACKBONE}blocks.0.ls1.gamma" in state,
+        qkv_bias=f"{BACKBONE}blocks.0.attn.qkv.bias" in state,
+        patch_bias=f"{GENERATOR}embedder.bias" in state,
     )
 
 

@@ -88,6 +88,13 @@ def test_a_timm_file_is_the_same_model_under_other_names(tmp_path: Path, with_re
     assert teacher.facts.fixed_resolution and teacher.facts.resolution == 64
 
 
+def test_a_timm_file_with_registers_alone_has_no_summary_to_give(tmp_path: Path) -> None:
+    tokens = {"reg_token": torch.zeros(1, 4, 24), "pos_embed": torch.zeros(1, 16, 24)}
+    torch.save({"patch_embed.proj.weight": torch.zeros(24, 3, 16, 16), **tokens}, tmp_path / "gap.pth")
+    with pytest.raises(ValueError, match="expected a timm ViT with a class token"):
+        load(tmp_path / "gap.pth", num_heads=3)
+
+
 class Boom:
     """Would run on loading."""
 
